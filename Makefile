@@ -1,0 +1,71 @@
+# `make` lists the targets. Everything runs from .venv; nothing outside the repository is written.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+# The first interpreter new enough; `make setup PYTHON=/path/to/python3.12` overrides. Looked up only when a venv is made.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	"$$python" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check lint format test test-slow test-gpu wheel-test demo demo-assistant clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## make .venv with the pinned versions (once; again after pyproject.toml or constraints.txt change)
+
+# torch first and alone: without an index of its own the pin takes a CPU build where one is at hand. With it comes the
+# build backend (hatchling; editables for `-e`), so that the second line builds with the pinned one rather than with today's.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || test -n "$(PYTHON)" || \
+		{ echo "understudy needs Python 3.11 or newer with its venv module; none found on PATH. Try: make setup PYTHON=/path/to/python3" >&2; exit 1; }
+	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch hatchling editables
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+check: lint test  ## what continuous integration runs: format, lint, types, CPU tests (the built wheel among them)
+
+lint: $(STAMP)  ## ruff format --check, ruff check, pyright
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(STAMP)  ## rewrite files as ruff wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: $(STAMP)  ## CPU tests; tests/test_package.py builds and runs the wheel
+	$(BIN)/pytest
+
+test-slow: $(STAMP)  ## tests that take more than a minute
+	$(BIN)/pytest -m slow
+
+test-gpu: $(STAMP)  ## tests that need a CUDA device
+	$(BIN)/pytest -m gpu
+
+# A venv of its own for the wheel; a .pth file lends it .venv's dependencies. Python reads no .pth inside that folder, so
+# the editable install stays invisible and only the wheel can answer.
+wheel-test: $(STAMP)  ## build the wheel, install it into a venv of its own, run it
+	rm -rf build/wheel build/wheel-venv
+	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel .
+	$(BIN)/python -m venv --without-pip build/wheel-venv
+	$(BIN)/pip --python build/wheel-venv/bin/python install --quiet --force-reinstall --no-deps build/wheel/*.whl
+	site() { "$$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; } && \
+		installed="$$(site build/wheel-venv/bin/python)" && \
+		site $(BIN)/python > "$$installed/dependencies.pth" && \
+		diff -r --exclude=__pycache__ src/understudy "$$installed/understudy" && \
+		test -f "$$installed/understudy/py.typed"
+	cd build && wheel-venv/bin/python -I -c 'import understudy; print("imported", understudy.__file__)'
+	cd build && wheel-venv/bin/understudy --version
+
+demo: $(STAMP)  ## the algorithm on a toy world, from nothing, on a CPU
+	$(BIN)/understudy demo
+
+demo-assistant: $(STAMP)  ## the personal-assistant world: learn documents, lose manners, distil them back
+	$(BIN)/understudy demo --world assistant
+
+clean:  ## remove build products and caches (not .venv, not runs)
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

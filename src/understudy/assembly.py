@@ -1,0 +1,241 @@
+"""Configuration -> the parts a loop works with. Models are loaded here, after everything cheaper has been checked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from understudy.backends.loading import LanguageModel, fast_bfloat16, load_model, load_student, pick_device
+from understudy.backends.local import LocalSampler, LocalTeacher, LocalTrainer
+from understudy.backends.protocols import Sampler, Teacher, Trainer
+from understudy.config import RunConfig, TeacherConfig
+from understudy.costs import CostLedger, MeteredSampler, MeteredTeacher, MeteredTrainer
+from understudy.errors import ConfigError
+from understudy.evaluation import EvalTask
+from understudy.lm_head import LMHead
+from understudy.objectives import FullReverseKL, Mixture, Objective, PolicyGradient
+from understudy.preflight import Checked
+from understudy.prompts import batch_for_step
+from understudy.rollouts import step_seed
+from understudy.tasks import Grader
+from understudy.teacher_scores import score_rollouts
+from understudy.types import Prompt, ScoreKind
+
+log = logging.getLogger("understudy")
+
+# Below this size a forward pass on a CPU is not dominated by matrix products, and bfloat16 gains nothing.
+_BF16_MIN_PARAMETERS = 5_000_000
+# "Far below the reverse KL": a lower-precision teacher may err by this share of the signal.
+_BF16_MAX_ERROR_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The loop's working parts, and its settings in the form its stages take them."""
+
+    config: RunConfig
+    sampler: Sampler
+    teachers: Mapping[str, Teacher]
+    trainer: Trainer
+    evaluator: Sampler
+    objective: Objective
+    score_kind: ScoreKind
+    grader: Grader | None
+    prompts: Sequence[Prompt]
+    tasks: Sequence[EvalTask]
+    decode: Callable[[Sequence[int]], str]
+    batching: Mapping[str, Any]
+    credit: Mapping[str, Any]
+
+    def prompts_at(self, step: int) -> list[Prompt]:
+        """The prompts of step ``step``."""
+        sampling = self.config.sampling
+        rows = batch_for_step(
+            len(self.prompts),
+            sampling.groups_per_batch,
+            seed=self.config.seed,
+            step=step,
+            shuffle=self.config.prompts is None or self.config.prompts.shuffle,
+        )
+        return [self.prompts[row] for row in rows]
+
+
+@dataclass(frozen=True)
+class Given:
+    """Parts a caller brings instead of the configured ones."""
+
+    sampler: Sampler | None = None
+    teachers: Mapping[str, Teacher] | None = None
+    trainer: Trainer | None = None
+    grader: Grader | None = None
+
+
+def set_threads(config: RunConfig) -> None:
+    """Apply ``num_threads``."""
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+
+
+def assemble(config: RunConfig, checked: Checked, costs: CostLedger, *, checkpoint: Path | None, given: Given) -> Parts:
+    """Load the models that are not ``given`` and resolve what "auto" means here. ``Parts.config`` is the resolved
+    tree."""
+    set_threads(config)
+    temperature = config.sampling.temperature
+    student = None
+    if given.sampler is None or given.trainer is None:
+        student = load_student(config.student, vocab_size=checked.vocab_size, weights=checkpoint)
+    sizes = student.matmul_parameters() if student else (0, 0)
+    sampler = given.sampler or LocalSampler(_present(student), stop_ids=checked.stop_ids)
+    trainer = given.trainer or LocalTrainer(_present(student), config.optim, temperature=temperature)
+    teachers, heads, config = _teachers(config, checked, costs, student, sampler, given)
+    config = _resolve_estimator(config, teachers)
+    full = config.objective.estimator == "full"
+    return Parts(
+        config=config,
+        sampler=MeteredSampler(sampler, costs, "student_sampling", sizes[0]),
+        teachers=teachers,
+        trainer=MeteredTrainer(trainer, costs, sizes),
+        evaluator=MeteredSampler(sampler, costs, "evaluation", sizes[0]),
+        objective=_objective(config, heads),
+        score_kind="hidden" if full else "sampled",
+        grader=given.grader or checked.grader,
+        prompts=checked.prompts,
+        tasks=checked.tasks,
+        decode=checked.decode,
+        batching={
+            "micro_batch_tokens": config.optim.micro_batch_tokens,
+            "packing": config.optim.packing,
+            "device": student.device if student else "cpu",
+            "dtype": torch.float64 if student and student.dtype == torch.float64 else torch.float32,
+        },
+        credit={
+            "full": full,
+            "kl_coef": config.objective.kl_coef,
+            "discount": config.objective.discount,
+            "reward_coef": config.reward_coef,
+            "normalize_rewards": config.objective.normalize_rewards,
+        },
+    )
+
+
+def _present(student: LanguageModel | None) -> LanguageModel:
+    assert student is not None
+    return student
+
+
+def _resolve_estimator(config: RunConfig, teachers: Mapping[str, Teacher]) -> RunConfig:
+    """auto -> full where every teacher can give hidden states and the discount is 0, else sampled."""
+    objective = config.objective
+    in_process = bool(teachers) and all("hidden" in teacher.kinds for teacher in teachers.values())
+    if objective.estimator == "full" and not in_process:
+        raise ConfigError(
+            "objective.estimator",
+            got='"full" with a teacher that gives log-probabilities of written tokens only',
+            expected="teachers in this process",
+            remedy='use estimator = "sampled"',
+        )
+    if objective.estimator != "auto":
+        return config
+    estimator = "full" if in_process and objective.discount == 0 else "sampled"
+    if teachers:
+        log.info("objective.estimator: auto -> %s", estimator)
+    return config.model_copy(update={"objective": objective.model_copy(update={"estimator": estimator})})
+
+
+def _objective(config: RunConfig, heads: Mapping[str, LMHead]) -> Objective:
+    policy = PolicyGradient(temperature=config.sampling.temperature)
+    if config.objective.estimator != "full":
+        return policy
+    divergence = FullReverseKL(heads, config.objective.kl_coef, config.sampling.temperature)
+    return Mixture(divergence, policy) if config.reward_coef > 0 else divergence
+
+
+def _teachers(
+    config: RunConfig,
+    checked: Checked,
+    costs: CostLedger,
+    student: LanguageModel | None,
+    sampler: Sampler,
+    given: Given,
+) -> tuple[dict[str, Teacher], dict[str, LMHead], RunConfig]:
+    """Teachers and their heads by name, and the configuration with their dtypes resolved."""
+    if given.teachers is not None:
+        heads = {name: getattr(t, "head") for name, t in given.teachers.items() if "hidden" in t.kinds}  # noqa: B009
+        return dict(given.teachers), heads, config
+    teachers: dict[str, Teacher] = {}
+    heads: dict[str, LMHead] = {}
+    resolved: dict[str, TeacherConfig] = {}
+    for name, teacher_config in config.all_teachers.items():
+        prompts = [p for p in checked.prompts if p.teacher == name]
+        teacher, dtype = _load_teacher(teacher_config, config, checked, student, sampler, prompts)
+        teachers[name] = MeteredTeacher(teacher, costs, teacher.model.matmul_parameters()[0])
+        heads[name] = teacher.head
+        resolved[name] = teacher_config.model_copy(update={"dtype": dtype})
+    default = resolved.pop("default", None)
+    return teachers, heads, config.model_copy(update={"teacher": default, "teachers": resolved})
+
+
+def _load_teacher(
+    teacher: TeacherConfig,
+    config: RunConfig,
+    checked: Checked,
+    student: LanguageModel | None,
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+) -> tuple[LocalTeacher, str]:
+    """A frozen teacher and the name of the dtype it ended up in."""
+    device = student.device if teacher.device == "auto" and student else pick_device(teacher.device)
+
+    def load(dtype: torch.dtype) -> LocalTeacher:
+        model = load_model(teacher.model, role="teacher", dtype=dtype, device=device).requires_grad_(False)
+        return LocalTeacher(
+            LanguageModel(model, vocab_size=checked.vocab_size),
+            temperature=config.sampling.temperature,
+            batch_tokens=config.optim.micro_batch_tokens,
+        )
+
+    if teacher.dtype != "auto":
+        return load(getattr(torch, teacher.dtype)), teacher.dtype
+    loaded = load(torch.float32)
+    if student is not None and loaded.model.shape == student.shape:
+        name = str(student.dtype).removeprefix("torch.")
+        log.info("teacher %s has the student's shape: scored in its dtype, %s", teacher.model, name)
+        return (loaded if student.dtype == torch.float32 else load(student.dtype)), name
+    large = loaded.model.num_parameters() >= _BF16_MIN_PARAMETERS
+    if not (large and fast_bfloat16(device) and prompts):
+        return loaded, "float32"
+    half = load(torch.bfloat16)
+    error, signal = _precision_error(loaded, half, sampler, prompts, config)
+    chosen = error <= _BF16_MAX_ERROR_SHARE * signal
+    log.info(
+        "teacher %s in %s: bfloat16 errs by %.4f nats a token against a reverse KL of %.4f",
+        teacher.model,
+        "bfloat16" if chosen else "float32",
+        error,
+        signal,
+    )
+    return (half, "bfloat16") if chosen else (loaded, "float32")
+
+
+def _precision_error(
+    exact: LocalTeacher, half: LocalTeacher, sampler: Sampler, prompts: Sequence[Prompt], config: RunConfig
+) -> tuple[float, float]:
+    """(mean |difference| of the two precisions, mean reverse KL), nats per token, on a few of the student's
+    completions."""
+    length = min(64, config.sampling.max_completion_tokens)
+    sampling = config.sampling.model_copy(update={"group_size": 1, "max_completion_tokens": length})
+    groups = sampler.sample(list(prompts[:16]), sampling, seed=step_seed(config.seed, 2**31))
+    rollouts = [rollout for group in groups for rollout in group]
+    names = {rollout.prompt.teacher for rollout in rollouts}
+    exact_scores = score_rollouts(dict.fromkeys(names, exact), rollouts, "sampled")
+    half_scores = score_rollouts(dict.fromkeys(names, half), rollouts, "sampled")
+    errors, gaps = [], []
+    for rollout, right, rough in zip(rollouts, exact_scores, half_scores, strict=True):
+        errors += [abs(a - b) for a, b in zip(right.teacher_logprobs, rough.teacher_logprobs, strict=True)]
+        gaps += [p - q for p, q in zip(rollout.sampler_logprobs, right.teacher_logprobs, strict=True)]
+    return sum(errors) / len(errors), sum(gaps) / len(gaps)

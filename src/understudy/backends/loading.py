@@ -1,0 +1,178 @@
+"""Hub id or folder -> a model ready for its role: device, dtype, adapters, and its head apart from its body."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from understudy.config import Dtype, LoraConfig, StudentConfig
+from understudy.errors import ConfigError
+from understudy.lm_head import LMHead
+from understudy.tokenization import adapter_base
+
+log = logging.getLogger("understudy")
+
+
+class LanguageModel:
+    """A causal language model split where distillation needs it: hidden states, then the head.
+
+    ``vocab_size`` restricts the head to the ids every role knows (padding rows beyond them mean nothing).
+    """
+
+    def __init__(self, model: nn.Module, *, vocab_size: int | None = None) -> None:
+        self.model: Any = model.eval()  # dropout off in every role: sampler and trainer must agree
+        base = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore[reportCallIssue]
+        self._causal: Any = base
+        self._body: Any = base.base_model  # pyright: ignore[reportAttributeAccessIssue]
+        self._vocab_size = vocab_size
+        self.device: torch.device = next(model.parameters()).device
+        self.dtype: torch.dtype = self._causal.get_output_embeddings().weight.dtype
+        _check_head(self)
+
+    @property
+    def head(self) -> LMHead:
+        """The head over the live weights."""
+        output = self._causal.get_output_embeddings()
+        config = self._causal.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0
+        scale = scale / (getattr(config, "logits_scaling", None) or 1.0)
+        head = LMHead(output.weight, output.bias, getattr(config, "final_logit_softcapping", None), scale)
+        return head if self._vocab_size is None else head.sliced(self._vocab_size)
+
+    def hidden(self, input_ids: Tensor, **inputs: Any) -> Any:
+        """The body's output for [B, L] ids: ``last_hidden_state`` [B, L, H] and, with a cache, ``past_key_values``."""
+        return self._body(input_ids=input_ids, **inputs)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What makes two models the same architecture at the same size."""
+        return tuple(p.numel() for p in self._causal.parameters() if p.dim() > 1)
+
+    def num_parameters(self) -> int:
+        """All parameters, shared ones once."""
+        return sum(p.numel() for p in self._causal.parameters())
+
+    def matmul_parameters(self) -> tuple[int, int]:
+        """(all, trainable) weights a token is multiplied with: no look-up embeddings, no biases, the head included."""
+        embedding = self._causal.get_input_embeddings().weight
+        head = self._causal.get_output_embeddings().weight
+        matrices = [p for p in self._causal.parameters() if p.dim() > 1 and p is not embedding and p is not head]
+        matrices.append(head)
+        return sum(p.numel() for p in matrices), sum(p.numel() for p in matrices if p.requires_grad)
+
+
+@torch.no_grad()
+def _check_head(model: LanguageModel) -> None:
+    """Refuse architectures that do something to logits that ``LMHead`` does not know, instead of training on wrong
+    ones."""
+    ids = torch.arange(1, 5, device=model.device)[None]
+    whole = model.model(input_ids=ids, use_cache=False).logits[0]
+    width = model.head.weight.shape[0]
+    ours = model.head.logits(model.hidden(ids, use_cache=False).last_hidden_state[0])
+    error = float((whole[:, :width].to(ours.dtype) - ours).abs().max())
+    tolerance = {torch.float32: 1e-3, torch.float64: 1e-6}.get(model.dtype, 0.25)
+    if not error <= tolerance * max(1.0, float(ours.abs().max())):
+        raise ConfigError(
+            f"architecture {type(model.model).__name__}",
+            got=f"logits that differ by {error:.3g} from the LM head applied to the last hidden state",
+            expected="a linear head, with soft-capping or scaling at most",
+            remedy="use another architecture, or open a feature request with the model's name",
+        )
+
+
+def pick_device(device: str) -> torch.device:
+    """Resolve "auto": cuda, then mps, then cpu."""
+    if device != "auto":
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products run on matrix hardware here (elsewhere they are slower than float32)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())
+
+
+def load_model(model: str, *, role: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A causal language model from a hub id, a folder, or an adapter folder merged into its base."""
+    import transformers
+    from transformers import AutoModelForCausalLM
+
+    transformers.utils.logging.disable_progress_bar()  # a run shows its own
+    base = adapter_base(Path(model))
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(base or model, dtype=dtype)
+        if base is not None:
+            loaded = _peft().PeftModel.from_pretrained(loaded, model).merge_and_unload()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"{role} model {model}",
+            got=str(error).strip().splitlines()[0],
+            expected="a causal language model that transformers loads",
+            remedy=f'try AutoModelForCausalLM.from_pretrained("{base or model}") by hand',
+        ) from None
+    return loaded.to(device)
+
+
+def load_student(config: StudentConfig, *, vocab_size: int | None = None, weights: Path | None = None) -> LanguageModel:
+    """The student, adapters attached. ``weights``: a checkpoint's folder to take the weights from instead."""
+    device = pick_device(config.device)
+    dtype = _student_dtype(config.dtype, device, lora=config.lora is not None)
+    if config.lora is None:
+        model: Any = load_model(str(weights or config.model), role="student", dtype=dtype, device=device)
+    else:
+        base = load_model(config.model, role="student", dtype=dtype, device=device)
+        model = _with_adapters(base, config.lora, weights)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.lora is not None:
+            model.enable_input_require_grads()
+    return LanguageModel(model, vocab_size=vocab_size)
+
+
+def _student_dtype(dtype: Dtype, device: torch.device, *, lora: bool) -> torch.dtype:
+    if dtype == "auto":
+        return torch.bfloat16 if lora and device.type == "cuda" else torch.float32
+    return getattr(torch, dtype)
+
+
+def _with_adapters(base: nn.Module, config: LoraConfig, weights: Path | None) -> Any:
+    peft = _peft()
+    if weights is not None:
+        return peft.PeftModel.from_pretrained(base, str(weights), is_trainable=True)
+    targets = config.target_modules
+    if targets != "all-linear" and "lm_head" in targets:
+        raise ConfigError(
+            "student.lora.target_modules",
+            got="lm_head",
+            expected="layers below the LM head",
+            remedy='use "all-linear", which adapts everything else',
+        )
+    lora = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(base, lora)  # pyright: ignore[reportArgumentType]
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise ConfigError(
+            "student.lora",
+            got="the package `peft` is not installed",
+            expected="peft, for adapters",
+            remedy='pip install "understudy[lora]"',
+        ) from None
+    return peft

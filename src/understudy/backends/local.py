@@ -1,0 +1,191 @@
+"""Sampler, Teacher and Trainer in this process, on transformers models. Sampler and trainer share one set of
+weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from understudy.backends.decoding import decode, rollout_uniforms
+from understudy.backends.loading import LanguageModel
+from understudy.batching import lay_out, plan_batches
+from understudy.config import OptimConfig, SamplingConfig
+from understudy.lm_head import LMHead, head_logprobs
+from understudy.objectives import Objective
+from understudy.types import (
+    Batch,
+    HiddenScores,
+    LossOutput,
+    Prompt,
+    Rollout,
+    SampledScores,
+    ScoreKind,
+    Scores,
+    TokenSequence,
+    TopkScores,
+)
+
+
+class LocalSampler:
+    """Writes with the trainer's own weights, so a sync moves nothing."""
+
+    def __init__(self, model: LanguageModel, *, stop_ids: frozenset[int]) -> None:
+        self._model = model
+        self._stop_ids = stop_ids
+        self._policy_version = 0
+
+    def set_policy_version(self, version: int) -> None:
+        """See ``Sampler.set_policy_version``."""
+        self._policy_version = version
+
+    def sample(self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, seed: int) -> list[list[Rollout]]:
+        """See ``Sampler.sample``. A prompt that stands twice in ``prompts`` gets further samples, not the same
+        again."""
+        seen: Counter[int] = Counter()
+        jobs: list[tuple[Prompt, int]] = []
+        for prompt in prompts:
+            start = seen[prompt.index]
+            jobs += [(prompt, start + i) for i in range(sampling.group_size)]
+            seen[prompt.index] += sampling.group_size
+        rollouts: list[Rollout | None] = [None] * len(jobs)
+        # Like lengths decode together: less padding. Results do not depend on it.
+        order = sorted(range(len(jobs)), key=lambda i: len(jobs[i][0].prompt_ids))
+        for start in range(0, len(order), sampling.max_batch_rows):
+            chosen = order[start : start + sampling.max_batch_rows]
+            for i, rollout in zip(chosen, self._rollouts([jobs[i] for i in chosen], sampling, seed), strict=True):
+                rollouts[i] = rollout
+        done = [rollout for rollout in rollouts if rollout is not None]
+        size = sampling.group_size
+        return [done[i : i + size] for i in range(0, len(done), size)]
+
+    def _rollouts(self, jobs: Sequence[tuple[Prompt, int]], sampling: SamplingConfig, seed: int) -> list[Rollout]:
+        length = sampling.max_completion_tokens
+        completions = decode(
+            self._model,
+            [prompt.prompt_ids for prompt, _ in jobs],
+            np.stack([rollout_uniforms(seed, prompt.index, sample, length) for prompt, sample in jobs]),
+            stop_ids=self._stop_ids,
+            max_tokens=length,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+        )
+        return [
+            Rollout(
+                prompt=prompt,
+                completion_ids=ids,
+                sampler_logprobs=logprobs,
+                finish_reason="stop" if ids[-1] in self._stop_ids else "length",
+                policy_version_start=self._policy_version,
+                policy_version_end=self._policy_version,
+            )
+            for (prompt, _), (ids, logprobs) in zip(jobs, completions, strict=True)
+        ]
+
+
+class LocalTeacher:
+    """Marks with one forward pass; the head runs on completion positions only."""
+
+    kinds: frozenset[ScoreKind] = frozenset({"sampled", "topk", "hidden"})
+
+    def __init__(self, model: LanguageModel, *, temperature: float = 1.0, batch_tokens: int = 16384) -> None:
+        self.model = model
+        self._temperature = temperature
+        self._batch_tokens = batch_tokens
+
+    @property
+    def head(self) -> LMHead:
+        """For full-vocabulary objectives."""
+        return self.model.head
+
+    def compute_logprobs(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:
+        """See ``Teacher.compute_logprobs``."""
+        return [list(scores.teacher_logprobs) for scores in self.score(sequences, "sampled")]
+
+    @torch.no_grad()
+    def score(self, sequences: Sequence[TokenSequence], kind: ScoreKind, *, topk: int = 0) -> list[Scores]:
+        """See ``Teacher.score``."""
+        scores: list[Scores | None] = [None] * len(sequences)
+        for chosen in plan_batches(sequences, max_tokens=self._batch_tokens):
+            layout = lay_out([sequences[i] for i in chosen], device=self.model.device)
+            hidden = self.model.hidden(layout.input_ids, use_cache=False).last_hidden_state
+            hidden = hidden.flatten(0, 1)[layout.token_index]
+            logprobs = head_logprobs(self.head, hidden, layout.target_ids, temperature=self._temperature)
+            lengths = [len(sequences[i].completion_ids) for i in chosen]
+            for i, own_hidden, own in zip(chosen, hidden.split(lengths), logprobs.split(lengths), strict=True):
+                scores[i] = self._scores(kind, own_hidden, own.tolist(), topk)
+        return [score for score in scores if score is not None]
+
+    def _scores(self, kind: ScoreKind, hidden: Tensor, logprobs: list[float], topk: int) -> Scores:
+        if kind == "sampled":
+            return SampledScores(logprobs)
+        if kind == "hidden":
+            return HiddenScores(logprobs, hidden)
+        best = self.head.logprobs(hidden, temperature=self._temperature).topk(min(topk, self.head.weight.shape[0]), -1)
+        return TopkScores(logprobs, best.indices.tolist(), best.values.tolist())
+
+
+class LocalTrainer:
+    """AdamW on a transformers model; dropout is off, so that teacher = student gives exactly zero."""
+
+    def __init__(self, model: LanguageModel, optim: OptimConfig, *, temperature: float = 1.0) -> None:
+        self.model = model
+        self._temperature = temperature
+        self._grad_clip = optim.grad_clip
+        self._batch_tokens = optim.micro_batch_tokens
+        self._parameters = [p for p in model.model.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(
+            self._parameters,
+            lr=0.0,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            fused=True,
+        )
+
+    @torch.no_grad()
+    def compute_logprobs(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:
+        """See ``Trainer.compute_logprobs``."""
+        return LocalTeacher(
+            self.model, temperature=self._temperature, batch_tokens=self._batch_tokens
+        ).compute_logprobs(sequences)
+
+    def forward_backward(self, batch: Batch, objective: Objective) -> LossOutput:
+        """See ``Trainer.forward_backward``."""
+        inputs = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+        output = self.model.hidden(batch.input_ids, use_cache=False, **inputs)
+        hidden = output.last_hidden_state.flatten(0, 1)[batch.token_index]
+        loss = objective(batch, hidden, self.model.head)
+        loss.loss.backward()
+        return LossOutput(loss.loss.detach(), loss.metrics)
+
+    def optimizer_step(self, *, learning_rate: float, num_tokens: int) -> dict[str, float]:
+        """See ``Trainer.optimizer_step``."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        for gradient in gradients:
+            gradient.div_(num_tokens)
+        limit = self._grad_clip or float("inf")
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, limit, error_if_nonfinite=True))
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return {"grad_norm": norm}
+
+    def state_dict(self) -> dict[str, Any]:
+        """See ``Trainer.state_dict``."""
+        return {"optimizer": self._optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See ``Trainer.load_state_dict``."""
+        self._optimizer.load_state_dict(state["optimizer"])
+
+    def save_pretrained(self, folder: Path) -> None:
+        """See ``Trainer.save_pretrained``."""
+        self.model.model.save_pretrained(folder)

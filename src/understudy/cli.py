@@ -1,0 +1,263 @@
+"""The command line. Exit codes: 0 done, 1 failed while running (state kept), 2 bad input (nothing started), 130
+Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+
+import understudy
+from understudy.config import RunConfig, field_rows
+from understudy.errors import ConfigError, UnderstudyError
+
+if TYPE_CHECKING:
+    from understudy.api import RunResult
+
+_OVERRIDES_HELP = "Any key of the file, e.g. --optim.learning_rate 1e-4. Every key is listed by `understudy keys`."
+Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help=_OVERRIDES_HELP, show_default=False)]
+Resume = Annotated[bool, Parameter(negative="", help="Continue the interrupted run in output_dir.")]
+Smoke = Annotated[
+    bool, Parameter(negative="", help="Two tiny steps into <output_dir>-smoke: does it work from end to end?")
+]
+
+app = App(
+    name="understudy",
+    help="On-policy distillation: the student writes, the teacher marks every token, the student learns from its own "
+    "mistakes.\n\nStart with `understudy demo`.",
+    version=understudy.__version__,
+    help_format="markdown",
+)
+world = App(name="world", help="Small models and tasks built from nothing.")
+app.command(world)
+
+
+@app.command
+def distill(run: Path, *overrides: Overrides, resume: Resume = False, smoke: Smoke = False) -> int:
+    """Teach [student] with [teacher] on the student's own completions of [prompts].
+
+    Examples:
+
+        understudy distill run.toml
+
+        understudy distill run.toml --optim.learning_rate 1e-4 --student.lora.rank 32
+
+        understudy distill run.toml --resume
+
+    Parameters
+    ----------
+    run
+        The TOML file that describes the run.
+    """
+    from understudy import api
+
+    return _finish(api.distill(_config(run, overrides, smoke), resume=resume), run)
+
+
+@app.command
+def rl(run: Path, *overrides: Overrides, resume: Resume = False, smoke: Smoke = False) -> int:
+    """Outcome-reward RL on [prompts], graded by [reward]: the same loop without a teacher.
+
+    Example:
+
+        understudy rl run.toml --sampling.group_size 8
+
+    Parameters
+    ----------
+    run
+        The TOML file that describes the run.
+    """
+    from understudy import api
+
+    return _finish(api.rl(_config(run, overrides, smoke), resume=resume), run)
+
+
+@app.command
+def sft(run: Path, *overrides: Overrides, resume: Resume = False, smoke: Smoke = False) -> int:
+    """Supervised fine-tuning of [student] on [prompts]: chats, prompt-completion pairs or documents.
+
+    Example:
+
+        understudy sft run.toml --prompts.path runs/samples/samples.jsonl
+
+    Parameters
+    ----------
+    run
+        The TOML file that describes the run.
+    """
+    from understudy import api
+
+    return _finish(api.sft(_config(run, overrides, smoke), resume=resume), run)
+
+
+@app.command
+def generate(run: Path, *overrides: Overrides, smoke: Smoke = False) -> int:
+    """Let [teacher] answer [prompts]: rows for `sft`, in <output_dir>/samples.jsonl.
+
+    Example:
+
+        understudy generate run.toml --sampling.group_size 1
+
+    Parameters
+    ----------
+    run
+        The TOML file that describes the run.
+    """
+    from understudy import api
+
+    result = api.generate(_config(run, overrides, smoke))
+    print(f"{result.metrics['samples']} completions in {result.folder / 'samples.jsonl'}")
+    return 0
+
+
+@app.command(name="eval")
+def eval_(run: Path, *overrides: Overrides, smoke: Smoke = False) -> int:
+    """Grade [student] on [[evaluation.tasks]].
+
+    Graders: exact_match, last_number, ledger, or your own function as "package.module:function".
+
+    Example:
+
+        understudy eval run.toml --student.model runs/a/checkpoints/step_000100 --output_dir runs/a-eval
+
+    Parameters
+    ----------
+    run
+        The TOML file that describes the run.
+    """
+    from understudy import api
+
+    result = api.evaluate(_config(run, overrides, smoke))
+    for name, value in result.metrics.items():
+        if not name.endswith("_se"):
+            error = result.metrics.get(f"{name}_se")
+            print(f"{name} {value:.4f}" + (f" ± {error:.4f}" if error is not None else ""))
+    print(f"written to {result.folder / 'evaluation.json'}")
+    return 0
+
+
+@app.command
+def keys(*, schema: bool = False) -> int:
+    """Every configuration key with its type, default and meaning.
+
+    Parameters
+    ----------
+    schema
+        Print the JSON schema instead, for editors.
+    """
+    if schema:
+        print(json.dumps(RunConfig.model_json_schema(), indent=2))
+        return 0
+    for name, kind, default, description in field_rows():
+        print(f"{name}  ({kind}; {default})\n    {description}")
+    return 0
+
+
+@app.command
+def report(*runs: Path) -> int:
+    """Write report.html anew from a run's files.
+
+    Example:
+
+        understudy report runs/a
+
+    Parameters
+    ----------
+    runs
+        Folders of runs.
+    """
+    from understudy.report import write_run_report
+
+    for run in runs:
+        if not (run / "config.toml").exists():
+            raise ConfigError(
+                f"run {run}",
+                got="a folder without config.toml" if run.is_dir() else "no such folder",
+                expected="a run's output_dir",
+                remedy="check the path",
+            )
+        print(write_run_report(run))
+    return 0
+
+
+def _config(path: Path, overrides: tuple[str, ...], smoke: bool) -> RunConfig:
+    config = RunConfig.from_toml(path, parse_overrides(overrides))
+    return smoke_config(config) if smoke else config
+
+
+def parse_overrides(tokens: tuple[str, ...]) -> dict[str, str]:
+    """`--a.b 1 --c=2` -> {"a.b": "1", "c": "2"}. Raises ConfigError for anything else."""
+    values: dict[str, str] = {}
+    remaining = list(tokens)
+    while remaining:
+        token = remaining.pop(0)
+        key, has_equals, value = token.partition("=")
+        if not key.startswith("--") or (not has_equals and not remaining):
+            raise ConfigError(
+                f"argument {token}",
+                got="no value" if key.startswith("--") else "a value without a key",
+                expected="--section.key value",
+                remedy="`understudy keys` lists every key",
+            )
+        values[key.removeprefix("--")] = value if has_equals else remaining.pop(0)
+    return values
+
+
+def smoke_config(config: RunConfig) -> RunConfig:
+    """The same run in miniature: two steps of a few short completions, evaluations on eight rows."""
+    sampling = config.sampling
+    small: Mapping[str, Any] = {
+        "group_size": min(sampling.group_size, 2),
+        "groups_per_batch": min(sampling.groups_per_batch, 4),
+        "max_completion_tokens": min(sampling.max_completion_tokens, 32),
+    }
+    tasks = tuple(task.model_copy(update={"limit": 8}) for task in config.evaluation.tasks)
+    prompts = config.prompts and config.prompts.model_copy(update={"limit": 16})
+    return config.model_copy(
+        update={
+            "output_dir": f"{config.output_dir}-smoke",
+            "prompts": prompts,
+            "sampling": sampling.model_copy(update=small),
+            "supervised": config.supervised.model_copy(update={"batch_size": 4}),
+            "optim": config.optim.model_copy(update={"num_steps": 2, "warmup_steps": 0}),
+            "evaluation": config.evaluation.model_copy(update={"tasks": tasks}),
+        }
+    )
+
+
+def _finish(result: RunResult, run: Path) -> int:
+    if result.interrupted_at is not None:
+        print(
+            f"stopped after step {result.interrupted_at}; everything is saved. "
+            "Continue with the same command and --resume"
+        )
+        return 130
+    print(f"student  {result.student}\nreport   {result.folder / 'report.html'}")
+    return 0
+
+
+def main() -> None:
+    """Entry point: errors a user can act on are printed without a traceback."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("understudy").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", module="torch|transformers|peft")
+    console = Console(stderr=True, highlight=False)
+    try:
+        code = app(exit_on_error=False, print_error=True, result_action="return_value")
+    except CycloptsError:
+        sys.exit(2)
+    except UnderstudyError as error:
+        console.print("[bold red]error[/] ", end="")
+        console.print(str(error), markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,357 @@
+"""One frozen tree describes a run. TOML file first, dotted overrides second, unknown keys refused.
+
+Importing this module needs neither torch nor transformers, so a broken file is reported before either is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from understudy.errors import ConfigError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class LoraConfig(Section):
+    """Train low-rank adapters instead of all weights (needs the `lora` extra)."""
+
+    rank: int = Field(default=32, ge=1)
+    """Rank of each adapter."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Adapter outputs are scaled by alpha / rank."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Module names to adapt; "all-linear" is every linear layer, MLP included, but the LM head."""
+
+
+class StudentConfig(Section):
+    """The model that writes and learns."""
+
+    model: str
+    """Hub id or folder of a causal language model."""
+    dtype: Dtype = "auto"
+    """Weights' precision. auto: float32 (one master copy), or bfloat16 under adapters on a GPU."""
+    device: str = "auto"
+    """auto: cuda, then mps, then cpu."""
+    lora: LoraConfig | None = None
+    """Absent: full fine-tuning."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more training time."""
+
+
+class TeacherConfig(Section):
+    """The model that marks. It needs only to give log-probabilities of tokens it is handed."""
+
+    model: str
+    """Hub id or folder of a causal language model with the student's token-to-id map."""
+    dtype: Dtype = "auto"
+    """auto: the student's dtype for a model of the student's shape (an earlier self); else bfloat16 where the hardware
+    is fast at it and its measured error is far below the reverse KL; else float32."""
+    device: str = "auto"
+    """auto: the student's device."""
+
+
+class RowsConfig(Section):
+    """Where rows come from and how they are read."""
+
+    path: str
+    """A .jsonl or .parquet file, or a hub dataset id. Rows: {"prompt": text} or {"messages": [...]}, optional "answer",
+    "task", "teacher", "teacher_prompt"; for `sft`: {"prompt", "completion"}, {"messages"} ending with the assistant, or
+    {"text"} (a document)."""
+    split: str = "train"
+    """Split, for hub datasets."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Renames: {prompt = "question"} reads the prompt from the column "question"."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use the first rows only."""
+    over_long: Literal["error", "skip"] = "error"
+    """What to do with rows that do not fit the model's context."""
+    system_prompt: str | None = None
+    """Put before every row's messages (rows with "messages" only)."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the chat template, e.g. {enable_thinking = false}."""
+
+
+class PromptsConfig(RowsConfig):
+    """The rows a run trains on."""
+
+    shuffle: bool = True
+    """A new order each epoch, from the run's seed."""
+
+
+class SamplingConfig(Section):
+    """How the student writes."""
+
+    group_size: int = Field(default=4, ge=1)
+    """Completions per prompt."""
+    groups_per_batch: int = Field(default=64, ge=1)
+    """Prompts per step."""
+    max_completion_tokens: int = Field(default=512, ge=1)
+    """A completion is cut here; it then has no end token and its finish_reason is "length"."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Training samples, scores and differentiates at this one temperature. 0 (greedy) is for evaluation."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus mass; for `generate` and evaluation, refused in training."""
+    top_k: int = Field(default=0, ge=0)
+    """0: off; for `generate` and evaluation, refused in training."""
+    stop_token_ids: tuple[int, ...] | None = None
+    """What ends a completion. Absent: the model's own end-of-text ids, which student and teacher must share."""
+    max_batch_rows: int = Field(default=256, ge=1)
+    """Completions decoded at once: bounds the KV cache, changes no result beyond float noise."""
+
+
+class ObjectiveConfig(Section):
+    """What the student learns from. advantages = -kl_coef * reverse_kl + reward_coef * group-centred reward."""
+
+    estimator: Literal["auto", "sampled", "full"] = "auto"
+    """sampled: the reverse KL of the written token, as advantage. full: the exact reverse KL over the vocabulary, same
+    expected gradient, less variance. auto: full where the teacher is in process and discount is 0."""
+    kl_coef: float = Field(default=1.0, ge=0)
+    """Weight of the teacher's signal."""
+    discount: float = Field(default=0.0, ge=0, le=1)
+    """Credit a token with later tokens' signal too: sum over k >= t of discount**(k - t). `sampled` only."""
+    reward_coef: float | None = Field(default=None, ge=0)
+    """Weight of group-centred task rewards. Absent: 1 without a teacher, 0 with one."""
+    normalize_rewards: bool = False
+    """Divide group-centred rewards by the group's standard deviation (GRPO). Never applied to the teacher's signal."""
+
+
+class RewardConfig(Section):
+    """How a completion is graded."""
+
+    grader: str
+    """A grader's name (see `understudy eval --help`) or "package.module:function"."""
+
+
+class SupervisedConfig(Section):
+    """What one step of `sft` holds."""
+
+    batch_size: int = Field(default=64, ge=1)
+    """Sequences per optimizer step."""
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule."""
+
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """Peak learning rate. Adapters want about ten times that of full fine-tuning."""
+    num_steps: int = Field(default=100, ge=1)
+    """Optimizer steps."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After warm-up; linear and cosine end at final_fraction of the peak."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Linear warm-up."""
+    final_fraction: float = Field(default=0.0, ge=0, le=1)
+    """Where linear and cosine end, as a share of the peak."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates."""
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    grad_clip: float = Field(default=1.0, ge=0)
+    """Clip the gradient's norm; 0: never."""
+    micro_batch_tokens: int = Field(default=16384, ge=1)
+    """Tokens (padding included) in one forward-backward pass; splitting a step changes no gradient."""
+    packing: bool = False
+    """Put several sequences in one row, kept apart by the attention mask, instead of padding."""
+
+
+class EvalTaskConfig(RowsConfig):
+    """One held-out set of problems."""
+
+    name: str = "eval"
+    """Metrics are named eval/<name>/..."""
+    grader: str = "exact_match"
+    """A grader's name or "package.module:function"."""
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    """One completion per problem at each; 0 is greedy."""
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    """Absent: [sampling] max_completion_tokens."""
+
+
+class EvaluationConfig(Section):
+    """Accuracy on held-out problems while training."""
+
+    every: int = Field(default=0, ge=0)
+    """In optimizer steps; 0: only before the first and after the last step."""
+    tasks: tuple[EvalTaskConfig, ...] = ()
+    """[[evaluation.tasks]] tables."""
+
+
+class CheckpointsConfig(Section):
+    """Folders that any Hugging Face or PEFT code loads, with optimizer state for --resume."""
+
+    every: int = Field(default=50, ge=1)
+    """In optimizer steps; the last step is always kept."""
+    keep: int = Field(default=2, ge=1)
+    """How many to keep."""
+
+
+class RolloutsConfig(Section):
+    """Scored rollouts kept on disk for pages."""
+
+    every: int = Field(default=10, ge=1)
+    """In optimizer steps; first and last steps always."""
+    per_step: int = Field(default=16, ge=0)
+    """Rollouts kept per such step."""
+    topk: int = Field(default=5, ge=0)
+    """The teacher's best alternatives kept per token."""
+
+
+class RunConfig(Section):
+    """Everything a run needs. `distill`, `rl`, `sft`, `generate` and `eval` read the same tree."""
+
+    output_dir: str
+    """The run's folder: new or empty, or continued with --resume."""
+    seed: int = Field(default=0, ge=0)
+    """All randomness derives from it."""
+    num_threads: int = Field(default=0, ge=0)
+    """CPU threads of torch; 0: leave torch's choice. Set 1 per process on shared machines."""
+    student: StudentConfig
+    teacher: TeacherConfig | None = None
+    """The default teacher."""
+    teachers: dict[str, TeacherConfig] = Field(default_factory=dict)
+    """Further teachers by name; a row picks one with "teacher"."""
+    prompts: PromptsConfig | None = None
+    sampling: SamplingConfig = SamplingConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    reward: RewardConfig | None = None
+    supervised: SupervisedConfig = SupervisedConfig()
+    optim: OptimConfig = OptimConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
+    rollouts: RolloutsConfig = RolloutsConfig()
+
+    @model_validator(mode="after")
+    def _teacher_named_once(self) -> Self:
+        if self.teacher is not None and "default" in self.teachers:
+            raise ValueError("[teacher] and [teachers.default] are the same thing; keep one")
+        names = [task.name for task in self.evaluation.tasks]
+        if len(set(names)) != len(names):
+            raise ValueError(f"evaluation tasks need different names, got {names}")
+        return self
+
+    @property
+    def all_teachers(self) -> dict[str, TeacherConfig]:
+        """Every teacher by name; [teacher] is "default"."""
+        return ({"default": self.teacher} if self.teacher else {}) | self.teachers
+
+    @property
+    def reward_coef(self) -> float:
+        """The weight of rewards in force."""
+        if self.objective.reward_coef is not None:
+            return self.objective.reward_coef
+        return 0.0 if self.all_teachers else 1.0
+
+    @classmethod
+    def from_toml(cls, path: str | Path, overrides: Mapping[str, object] = {}) -> Self:
+        """Read `path`, apply dotted `overrides` ({"optim.learning_rate": "1e-4"}; strings are read as TOML values).
+
+        Raises ConfigError for a missing or malformed file, unknown keys (with the nearest valid name) and wrong types.
+        """
+        tree = _read_toml(Path(path))
+        for key, value in overrides.items():
+            _set_dotted(tree, key, _toml_value(value) if isinstance(value, str) else value)
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise _explain(error, str(path)) from None
+
+    def to_toml(self, header: str = "") -> str:
+        """This tree as TOML that from_toml reads back; `header` lines become comments."""
+        comments = "".join(f"# {line}\n" for line in header.splitlines())
+        return comments + tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def field_rows(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """(dotted name, type, default, description) of every key, in reading order."""
+    for name, info in model.model_fields.items():
+        section = _section_type(info.annotation)
+        dotted = f"{prefix}{name}"
+        if section is not None:
+            repeated = {"teachers": ".<name>", "tasks": "[]"}.get(name, "")
+            yield from field_rows(section, f"{dotted}{repeated}.")
+        else:
+            default = "required" if info.is_required() else repr(info.get_default(call_default_factory=True))
+            yield dotted, _type_name(info.annotation), default, " ".join((info.description or "").split())
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _section_type(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def _type_name(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(
+            f"configuration {path}",
+            got="a folder" if path.is_dir() else "no such file",
+            expected="a TOML file",
+            remedy=f"check the path (working folder: {Path.cwd()}); README.md shows a complete example",
+        )
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"configuration {path}",
+            got=str(error),
+            expected="valid TOML",
+            remedy='mind quotes around text and [section] headers, e.g. model = "checkpoints/student"',
+        ) from None
+
+
+def _toml_value(text: str) -> object:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # bare words are text, so that --student.model Qwen/Qwen3-8B-Base needs no quotes
+
+
+def _set_dotted(tree: dict[str, Any], key: str, value: object) -> None:
+    *parents, leaf = key.replace("-", "_").split(".")
+    for parent in parents:
+        node = tree.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--{key}", got=f"{parent} = {node!r}", expected="a section", remedy=f"drop --{key}")
+        tree = node
+    tree[leaf] = value
+
+
+def _explain(error: ValidationError, path: str) -> ConfigError:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    others = f" ({error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
+    where = f"configuration {path}: {name}{others}" if name else f"configuration {path}{others}"
+    if first["type"] == "extra_forbidden":
+        known = [row[0] for row in field_rows()]
+        sections = sorted({row.rsplit(".", 1)[0] for row in known if "." in row})
+        near = difflib.get_close_matches(name, known + sections, n=1, cutoff=0.6) or difflib.get_close_matches(
+            name.rsplit(".", 1)[-1], [row.rsplit(".", 1)[-1] for row in known], n=1
+        )
+        remedy = f"did you mean {near[0]}?" if near else "see `understudy distill --help` for every key"
+        return ConfigError(where, got=f"unknown key {name}", expected="a known key", remedy=remedy)
+    if first["type"] == "missing":
+        description = next((row[3] for row in field_rows() if row[0] == name), "")
+        return ConfigError(where, got="nothing", expected=description or f"a value for {name}", remedy=f"set {name}")
+    got = repr(first["input"]) if name else first["msg"]
+    return ConfigError(where, got=got, expected=first["msg"], remedy=f"change {name}" if name else "change the file")

@@ -1,0 +1,30 @@
+"""Errors a user can act on.
+
+UnderstudyError
+├── ConfigError      bad input, found before compute is spent            exit code 2
+└── RunError         something failed while running; state is kept       exit code 1
+"""
+
+from __future__ import annotations
+
+
+class UnderstudyError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(UnderstudyError, ValueError):
+    """Input that cannot work: says what was got, what was expected, and the remedy."""
+
+    exit_code = 2
+
+    def __init__(self, where: str, *, got: str, expected: str, remedy: str) -> None:
+        self.where, self.got, self.expected, self.remedy = where, got, expected, remedy
+        super().__init__(f"{where}\n  got:      {got}\n  expected: {expected}\n  remedy:   {remedy}")
+
+
+class RunError(UnderstudyError, RuntimeError):
+    """A run that had started cannot go on. Its checkpoints and logs are intact."""
+
+    exit_code = 1

@@ -1,0 +1,97 @@
+"""Numbers of a step, named area/name and defined in docs/metrics.md, and the file they go to."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from understudy.checkpoints import write_atomic
+from understudy.types import ScoredRollout
+
+
+class MetricsLog:
+    """metrics.jsonl: one object per step, each line flushed as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a step's row."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(row), allow_nan=False) + "\n")
+
+    def truncate_after(self, step: int) -> None:
+        """Drop rows of later steps, and a last line cut by a crash: they will be written again."""
+        if self.path.exists():
+            rows = [row for row in read_metrics(self.path) if row["step"] <= step]
+            write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows in order; a half-written last line is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            rows.append(json.loads(line))
+    return rows
+
+
+def rollout_metrics(scored: Sequence[ScoredRollout]) -> dict[str, float]:
+    """What the students wrote and what its teacher thought of it. Token means unless said."""
+    rollouts = [s.rollout for s in scored]
+    lengths = [len(r.completion_ids) for r in rollouts]
+    tokens = sum(lengths)
+    metrics = {
+        "completion_length/mean": tokens / len(rollouts),
+        "completion_length/max": float(max(lengths)),
+        "truncated/share": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+        "repeated_4gram/share": sum(_repeats(r.completion_ids) for r in rollouts) / max(1, tokens),
+        "entropy/sampled": -sum(math.fsum(r.sampler_logprobs) for r in rollouts) / tokens,
+    }
+    marked = [s for s in scored if s.scores is not None]
+    if marked:
+        gaps = [
+            p - q
+            for s in marked
+            if s.scores is not None
+            for p, q in zip(s.rollout.sampler_logprobs, s.scores.teacher_logprobs, strict=True)
+        ]
+        metrics["reverse_kl/mean"] = math.fsum(gaps) / len(gaps)
+        metrics["reverse_kl/max"] = max(gaps)
+    rewards = [s.reward for s in scored if s.reward is not None]
+    if rewards:
+        metrics["reward/mean"] = sum(rewards) / len(rewards)
+    return metrics
+
+
+def _repeats(ids: Sequence[int]) -> int:
+    """Tokens that end a 4-gram already written in the same completion."""
+    seen: set[tuple[int, ...]] = set()
+    repeats = 0
+    for end in range(4, len(ids) + 1):
+        gram = tuple(ids[end - 4 : end])
+        repeats += gram in seen
+        seen.add(gram)
+    return repeats
+
+
+_UPDATE_NAMES = {
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "tokens": "tokens/trained",
+    "ratio": "ratio/mean",
+    "ratio_max": "ratio/max",
+    "abs_log_ratio": "ratio/abs_log_mean",
+    "abs_log_ratio_max": "ratio/abs_log_max",
+    "reverse_kl_full": "reverse_kl/full",
+    "student_entropy": "entropy/student",
+    "teacher_entropy": "entropy/teacher",
+}
+
+
+def update_metrics(update: Mapping[str, float]) -> dict[str, float]:
+    """The optimizer step's results under their public names."""
+    return {_UPDATE_NAMES[name]: value for name, value in update.items()}

@@ -1,0 +1,57 @@
+"""Accumulate, divide once, clip, step."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from understudy.backends.protocols import Trainer
+from understudy.config import OptimConfig
+from understudy.errors import RunError
+from understudy.objectives import Objective
+from understudy.types import Batch
+
+
+def learning_rate_at(optim: OptimConfig, step: int) -> float:
+    """The learning rate of step ``step`` (0-based): linear warm-up, then the schedule down to its final fraction."""
+    if step < optim.warmup_steps:
+        return optim.learning_rate * (step + 1) / optim.warmup_steps
+    if optim.schedule == "constant":
+        return optim.learning_rate
+    progress = (step - optim.warmup_steps) / max(1, optim.num_steps - optim.warmup_steps)
+    shape = 1 - progress if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return optim.learning_rate * max(shape, 0.0) * (1 - optim.final_fraction) + (
+        optim.learning_rate * optim.final_fraction
+    )
+
+
+def optimizer_step(
+    trainer: Trainer, batches: Sequence[Batch], objective: Objective, *, learning_rate: float
+) -> Mapping[str, float]:
+    """One update over the whole window of micro-batches.
+
+    Sums are added up and divided once by the window's token count, so that the split changes nothing. Returns token
+    means
+    of the objective's metrics, maxima of ``*_max`` ones, ``loss``, ``grad_norm`` and ``tokens``.
+
+    Raises RunError when nothing trains or the loss is not finite; the weights are then untouched.
+    """
+    num_tokens = sum(batch.num_tokens for batch in batches)
+    if num_tokens == 0:
+        raise RunError("no token of this step trains: every loss_mask is empty")
+    sums: defaultdict[str, float] = defaultdict(float)
+    maxima: dict[str, float] = {}
+    for batch in batches:
+        output = trainer.forward_backward(batch, objective)
+        sums["loss"] += float(output.loss)
+        for name, value in output.metrics.items():
+            if name.endswith("_max"):
+                maxima[name] = max(value, maxima.get(name, value))
+            else:
+                sums[name] += value
+    if not math.isfinite(sums["loss"]):
+        raise RunError(f"the loss is {sums['loss']}; expected a finite number. Lower optim.learning_rate and resume")
+    step_metrics = trainer.optimizer_step(learning_rate=learning_rate, num_tokens=num_tokens)
+    means = {name: value / num_tokens for name, value in sums.items()}
+    return means | maxima | dict(step_metrics) | {"tokens": num_tokens}

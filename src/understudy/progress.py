@@ -1,0 +1,85 @@
+"""What a long run shows while it works: step, rate, time left, the metrics that matter."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+_SHOWN = {
+    "reverse_kl/full": "reverse KL {:.3f}",
+    "reverse_kl/mean": "reverse KL {:.3f}",
+    "reward/mean": "reward {:.3f}",
+    "loss": "loss {:.3f}",
+    "completion_length/mean": "length {:.0f}",
+}
+
+
+class StepProgress:
+    """A live bar on a terminal; elsewhere (logs, pipes) a line every ten seconds and after evaluations."""
+
+    def __init__(self, name: str, *, first_step: int, num_steps: int, quiet: bool = False) -> None:
+        self._name, self._first, self._total = name, first_step, num_steps
+        self._quiet = quiet
+        self._console = Console(stderr=True)
+        self._bar = self._make_bar() if self._console.is_terminal and not quiet else None
+        self._start = self._last_line = time.monotonic()
+
+    def _make_bar(self) -> Progress:
+        columns = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        bar = Progress(*columns, console=self._console)
+        self._task = bar.add_task(self._name, total=self._total, completed=self._first, note="")
+        bar.start()
+        return bar
+
+    def update(self, row: Mapping[str, Any]) -> None:
+        """Show a step's row of metrics."""
+        step = int(row["step"])
+        note = summary(row)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, note=note)
+            return
+        now = time.monotonic()
+        due = now - self._last_line > 10 or step == self._total or any(k.startswith("eval/") for k in row)
+        if due and not self._quiet:
+            self._last_line = now
+            rate = (step - self._first) / max(1e-9, now - self._start)
+            left = f", {(self._total - step) / rate:.0f} s left" if rate else ""
+            print(f"{self._name} step {step}/{self._total}{left}  {note}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def summary(row: Mapping[str, Any]) -> str:
+    """The few numbers of a row that tell how a run goes."""
+    parts = []
+    for name, form in _SHOWN.items():
+        shown = form.format(row[name]) if name in row else ""
+        if shown and not any(part.split()[:-1] == shown.split()[:-1] for part in parts):
+            parts.append(shown)
+    for name, value in row.items():
+        if name.startswith("eval/") and name.count("/") == 2 and not name.endswith("_se") and "truncated" not in name:
+            parts.append(f"{name.removeprefix('eval/')} {value:.3f}")
+    return "  ".join(parts)

@@ -1,0 +1,110 @@
+"""Everything a step leaves behind: metrics, evaluations, kept rollouts, checkpoints, progress, and whether to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from understudy.backends.protocols import Teacher, Trainer
+from understudy.progress import StepProgress
+from understudy.rollout_store import rollout_record
+from understudy.runs import RunFolder, StopRequest
+from understudy.teacher_scores import score_rollouts
+from understudy.tokenization import ModelText
+from understudy.types import ScoredRollout, Scores, TokenSequence, TopkScores, TrainingExample
+
+if TYPE_CHECKING:
+    from understudy.config import RunConfig
+
+
+class Recorder:
+    """The loops' only door to disk and screen. ``evaluate`` returns eval/... metrics of the current weights."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        *,
+        trainer: Trainer,
+        teachers: Mapping[str, Teacher],
+        student: ModelText,
+        evaluate: Callable[[], Mapping[str, float]],
+        stop: StopRequest,
+        quiet: bool = False,
+    ) -> None:
+        self._folder, self._config, self._trainer, self._teachers = folder, config, trainer, teachers
+        self._student, self._evaluate, self._stop = student, evaluate, stop
+        self.first_step = folder.first_step
+        self.last_row: dict[str, Any] = {}
+        self.interrupted_at: int | None = None
+        self._progress = StepProgress(
+            folder.method, first_step=self.first_step, num_steps=config.optim.num_steps, quiet=quiet
+        )
+
+    def start(self) -> None:
+        """Evaluate the untrained student, once per run."""
+        if self._folder.checkpoint is None and self._config.evaluation.tasks:
+            self._progress.update(self._folder.record(0, self._evaluate()))
+
+    def finish_step(self, step: int, row: Mapping[str, Any]) -> Literal["go on", "stop"]:
+        """Evaluate when due, log, save when due or asked to stop."""
+        config = self._config
+        last = step == config.optim.num_steps
+        every = config.evaluation.every
+        if config.evaluation.tasks and (last or (every and step % every == 0)):
+            row = {**row, **self._evaluate()}
+        self.last_row = self._folder.record(step, row)
+        self._progress.update(self.last_row)
+        if last or self._stop.requested or step % config.checkpoints.every == 0:
+            self._folder.save_checkpoint(step, self._trainer, self._student.tokenizer)
+        if self._stop.requested and not last:
+            self.interrupted_at = step
+            return "stop"
+        return "go on"
+
+    def keep_rollouts(self, step: int, scored: Sequence[ScoredRollout], examples: Sequence[TrainingExample]) -> None:
+        """Store the first few of a step's rollouts with all log-probabilities, before the step changes the weights."""
+        config = self._config.rollouts
+        if config.per_step == 0 or (step % config.every and step != self._config.optim.num_steps):
+            return
+        kept = list(scored[: config.per_step])
+        sequences = [TokenSequence(s.rollout.prompt.prompt_ids, s.rollout.completion_ids) for s in kept]
+        alternatives: Sequence[Any] = [None] * len(kept)
+        if self._can_offer_alternatives():
+            alternatives = score_rollouts(self._teachers, [s.rollout for s in kept], "topk", topk=config.topk)
+        columns = zip(kept, examples, self._trainer.compute_logprobs(sequences), alternatives, strict=False)
+        self._folder.save_rollouts(
+            step,
+            [
+                self._record(step, number % self._config.sampling.group_size, *column)
+                for number, column in enumerate(columns)
+            ],
+        )
+
+    def _can_offer_alternatives(self) -> bool:
+        wanted = self._config.rollouts.topk > 0 and bool(self._teachers)
+        return wanted and all("topk" in teacher.kinds for teacher in self._teachers.values())
+
+    def _record(
+        self,
+        step: int,
+        sample_index: int,
+        scored: ScoredRollout,
+        example: TrainingExample,
+        trainer_logprobs: Sequence[float],
+        alternatives: Scores | None,
+    ) -> dict[str, Any]:
+        return rollout_record(
+            scored,
+            step=step,
+            sample_index=sample_index,
+            tokens=self._student.tokens,
+            text=self._student.tokenizer.decode(list(scored.rollout.completion_ids), skip_special_tokens=True),
+            trainer_logprobs=trainer_logprobs,
+            advantages=example.advantages,
+            alternatives=alternatives if isinstance(alternatives, TopkScores) else None,
+        )
+
+    def close(self) -> None:
+        """End the progress display."""
+        self._progress.close()

@@ -1,0 +1,14 @@
+"""Rollout -> reward, by a task's grader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from understudy.tasks import Grader
+from understudy.types import Rollout
+
+
+def grade_rollouts(rollouts: Sequence[Rollout], grader: Grader, decode: Callable[[Sequence[int]], str]) -> list[float]:
+    """One reward per rollout. ``decode`` turns completion ids into the text a grader reads (special tokens left
+    out)."""
+    return [grader(r.prompt, decode(r.completion_ids), r.finish_reason) for r in rollouts]

@@ -1,0 +1,84 @@
+"""rollouts/step_NNNNNN.jsonl: scored rollouts as every later page reads them. Schema in docs/rollouts.md.
+
+``step`` counts the optimizer steps behind the policy that wrote them: 0 is the untrained student.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from understudy.checkpoints import write_atomic
+from understudy.types import ScoredRollout, TopkScores
+
+SCHEMA_VERSION = 1
+
+
+def rollout_record(
+    scored: ScoredRollout,
+    *,
+    step: int,
+    sample_index: int,
+    tokens: Callable[[Sequence[int]], list[str]],
+    text: str,
+    trainer_logprobs: Sequence[float] | None,
+    advantages: Sequence[float] | None,
+    alternatives: TopkScores | None,
+) -> dict[str, Any]:
+    """One line of the file. ``tokens`` turns ids into the text of each."""
+    rollout, prompt = scored.rollout, scored.rollout.prompt
+    topk = alternatives and {
+        "ids": [list(ids) for ids in alternatives.ids],
+        "tokens": [tokens(ids) for ids in alternatives.ids],
+        "logprobs": [_short(row) for row in alternatives.logprobs],
+    }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "step": step,
+        "prompt_index": prompt.index,
+        "sample_index": sample_index,
+        "task": prompt.task,
+        "teacher": prompt.teacher,
+        "prompt_text": prompt.text,
+        "prompt_ids": list(prompt.prompt_ids),
+        "teacher_prompt_ids": None if prompt.teacher_prompt_ids is None else list(prompt.teacher_prompt_ids),
+        "answer": prompt.answer,
+        "completion_text": text,
+        "completion_ids": list(rollout.completion_ids),
+        "completion_tokens": tokens(rollout.completion_ids),
+        "finish_reason": rollout.finish_reason,
+        "reward": scored.reward,
+        "policy_version_start": rollout.policy_version_start,
+        "policy_version_end": rollout.policy_version_end,
+        "sampler_logprobs": _short(rollout.sampler_logprobs),
+        "trainer_logprobs": None if trainer_logprobs is None else _short(trainer_logprobs),
+        "teacher_logprobs": None if scored.scores is None else _short(scored.scores.teacher_logprobs),
+        "advantages": None if advantages is None else _short(advantages),
+        "loss_mask": [True] * len(rollout.completion_ids),
+        "teacher_topk": topk,
+        "metadata": dict(prompt.metadata),
+    }
+
+
+def _short(values: Sequence[float]) -> list[float]:
+    """Six decimals are below float32's noise and halve the file."""
+    return [round(value, 6) for value in values]
+
+
+def write_rollouts(folder: Path, step: int, records: Sequence[Mapping[str, Any]]) -> Path:
+    """Write one step's records, all or none."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"step_{step:06d}.jsonl"
+    write_atomic(path, "".join(json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n" for record in records))
+    return path
+
+
+def read_rollouts(path: Path) -> list[dict[str, Any]]:
+    """Records of one file. Raises ValueError for a schema this version does not know."""
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for record in records:
+        if record.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(f"{path}: got schema_version {record.get('schema_version')}, expected {SCHEMA_VERSION}")
+    return records

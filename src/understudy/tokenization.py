@@ -1,0 +1,169 @@
+"""Tokenizers of the roles: do ids mean the same tokens, what ends a completion, what a model reads for a row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from understudy.errors import ConfigError
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class ModelText:
+    """What a model's folder says about text, read without loading any weights."""
+
+    name: str
+    tokenizer: Any
+    vocab: Mapping[str, int]
+    vocab_width: int
+    end_ids: frozenset[int]
+    context_length: int
+
+    def render(
+        self, messages: Messages, *, add_generation_prompt: bool, template_kwargs: Mapping[str, Any]
+    ) -> list[int]:
+        """Messages -> token ids by this model's own chat template."""
+        encoded = self.tokenizer.apply_chat_template(
+            list(messages),
+            tokenize=True,
+            add_generation_prompt=add_generation_prompt,
+            return_dict=True,
+            **template_kwargs,
+        )
+        return list(encoded["input_ids"])
+
+    def encode(self, text: str) -> list[int]:
+        """Plain text -> token ids, with the begin token where the tokenizer adds one."""
+        ids = list(self.tokenizer(text)["input_ids"])
+        # Some tokenizers end every text with their end token; a prompt that ends so could not be continued.
+        while len(ids) > 1 and ids[-1] in self.end_ids:
+            ids.pop()
+        return ids
+
+    def encode_completion(self, text: str) -> list[int]:
+        """Text that continues a prompt -> token ids, nothing added."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """Each id as the text it stands for, for people to read."""
+        return [self.tokenizer.decode([token]) for token in ids]
+
+
+def load_text(model: str, role: str) -> ModelText:
+    """Read a model's tokenizer and configuration. Raises ConfigError when they are not there."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    folder = Path(model)
+    looks_local = folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1
+    if folder.exists() or looks_local:
+        _check_folder(folder, role)
+        base = adapter_base(folder)
+        if base is not None and not (folder / "config.json").exists():
+            text = load_text(base, role)
+            return ModelText(model, text.tokenizer, text.vocab, text.vocab_width, text.end_ids, text.context_length)
+    try:
+        config = AutoConfig.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{role} model {model}",
+            got=str(error).strip().splitlines()[0],
+            expected="a folder written by save_pretrained (model and tokenizer), or a hub id that can be reached",
+            remedy="check the path or id; save the tokenizer beside the model with tokenizer.save_pretrained(folder)",
+        ) from None
+    config = config.get_text_config()
+    try:
+        end = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:  # no generation_config.json
+        end = config.eos_token_id
+    end = end if end is not None else tokenizer.eos_token_id
+    end_ids = frozenset() if end is None else frozenset([end] if isinstance(end, int) else end)
+    context = getattr(config, "max_position_embeddings", None) or 2**31
+    return ModelText(model, tokenizer, tokenizer.get_vocab(), config.vocab_size, end_ids, context)
+
+
+def adapter_base(folder: Path) -> str | None:
+    """The base model an adapter folder (peft) names, or None for an ordinary folder."""
+    path = folder / "adapter_config.json"
+    return json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"] if path.exists() else None
+
+
+def _check_folder(folder: Path, role: str) -> None:
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{role} model {folder}",
+            got="a file" if folder.exists() else "no such folder",
+            expected="a folder written by save_pretrained, or a hub id like Qwen/Qwen3-8B-Base",
+            remedy=f"check the path (working folder: {Path.cwd()})",
+        )
+    if not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
+        raise ConfigError(
+            f"{role} model {folder}",
+            got=f"a folder without config.json ({', '.join(sorted(p.name for p in folder.iterdir())[:5]) or 'empty'})",
+            expected="a folder written by save_pretrained",
+            remedy="point at the folder that holds config.json, for a run: runs/<name>/checkpoints/step_<n>",
+        )
+
+
+def check_same_tokens(student: ModelText, teacher: ModelText) -> None:
+    """Raise ConfigError unless every id means the same token to both. Widths may differ: padding rows mean nothing."""
+    if student.vocab == teacher.vocab:
+        return
+    tokens = sorted(student.vocab.keys() | teacher.vocab.keys(), key=lambda t: (student.vocab.get(t, 1 << 40), t))
+    different = [t for t in tokens if student.vocab.get(t) != teacher.vocab.get(t)]
+    shown = "; ".join(
+        f"{t!r} is {student.vocab.get(t, 'absent')} for the student, {teacher.vocab.get(t, 'absent')} for the teacher"
+        for t in different[:3]
+    )
+    raise ConfigError(
+        f"tokenizers of student {student.name} and teacher {teacher.name}",
+        got=f"{len(different)} of {len(tokens)} tokens differ: {shown}",
+        expected="the same token-to-id map: the teacher scores the student's token ids",
+        remedy="use a teacher of the student's model family, or train the student on its text with `understudy sft`",
+    )
+
+
+def resolve_stop_ids(
+    student: ModelText, teachers: Mapping[str, ModelText], configured: Sequence[int] | None
+) -> frozenset[int]:
+    """The ids that end a completion: the configured ones, else the end-of-text ids that all roles share.
+
+    Raises ConfigError when none is known, when an id is outside the vocabulary, or when roles disagree: a base student
+    under an instruct teacher would never be rewarded for its own end token, and its answers would grow without end.
+    """
+    if configured is not None:
+        largest = max(student.vocab.values())
+        if not configured or min(configured) < 0 or max(configured) > largest:
+            raise ConfigError(
+                "sampling.stop_token_ids",
+                got=str(list(configured)),
+                expected=f"at least one id from 0 to {largest}",
+                remedy="look ids up with tokenizer.convert_tokens_to_ids",
+            )
+        return frozenset(configured)
+    if not student.end_ids:
+        raise ConfigError(
+            f"student model {student.name}",
+            got="no end-of-text id in its generation_config, config or tokenizer",
+            expected="a token that ends a completion",
+            remedy="set sampling.stop_token_ids = [...]",
+        )
+    for name, teacher in teachers.items():
+        if teacher.end_ids != student.end_ids:
+            raise ConfigError(
+                f"end-of-text of student {student.name} and teacher {name} ({teacher.name})",
+                got=f"student {_named(student, student.end_ids)}, teacher {_named(teacher, teacher.end_ids)}",
+                expected="the same end-of-text ids",
+                remedy=f"say what ends a completion, e.g. sampling.stop_token_ids = {sorted(teacher.end_ids)} "
+                "(usually the teacher's, and a student that can write it: fine-tune it on the teacher's format first)",
+            )
+    return student.end_ids
+
+
+def _named(text: ModelText, ids: frozenset[int]) -> str:
+    return ", ".join(f"{i} {text.tokenizer.decode([i])!r}" for i in sorted(ids)) or "none"
