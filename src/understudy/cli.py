@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
@@ -158,6 +158,55 @@ def keys(*, schema: bool = False) -> int:
     for name, kind, default, description in field_rows():
         print(f"{name}  ({kind}; {default})\n    {description}")
     return 0
+
+
+@app.command
+def demo(
+    name: Literal["ledger", "assistant"] = "ledger", *, output: Path | None = None, seed: int = 0, smoke: Smoke = False
+) -> int:
+    """Watch a small model being taught by another one on its own mistakes, beside the baselines.
+
+    ledger: from one student, on-policy distillation (full and sampled), fine-tuning on teacher samples and RL. About two
+    minutes on two cores. assistant: an assistant loses its manners while it learns company facts, and gets them back from
+    its earlier self. About three minutes.
+
+    Parameters
+    ----------
+    name
+        Which demo.
+    output
+        Folder for its files; runs/demo-<name> by default, numbered when taken.
+    seed
+        Seed of the methods.
+    """
+    from understudy.worlds.demos import run
+
+    return run(name, output or Path("runs") / f"demo-{name}", seed=seed, smoke=smoke)
+
+
+@world.command
+def build(name: Literal["ledger", "assistant"], *, output: Path, steps: int | None = None) -> int:
+    """Make a world's models and files from nothing.
+
+    ledger: trains the teacher and the start that ship with the package (about 7 minutes on one core) and writes prompts
+    and test problems. assistant: writes the untrained model and all data of `understudy demo assistant`.
+
+    Example:
+
+        understudy world build ledger --output worlds/ledger
+
+    Parameters
+    ----------
+    name
+        Which world.
+    output
+        A new folder.
+    steps
+        Training steps, to try it out; the full recipe by default.
+    """
+    from understudy.worlds.demos import build_world
+
+    return build_world(name, output, steps=steps)
 
 
 @app.command

@@ -1,0 +1,241 @@
+"""`understudy demo assistant`: an assistant learns company facts, forgets its manners, and gets them back from itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from understudy.config import RunConfig
+from understudy.report import Arm, RolloutPair, write_comparison
+from understudy.rollout_store import read_rollouts
+from understudy.worlds import assistant
+from understudy.worlds.jobs import Job, run_jobs, write_rows
+from understudy.worlds.models import build_qwen3, save_folder
+
+ASSISTANT_STEPS, MIDTRAIN_STEPS, RECOVERY_STEPS = 1000, 400, 60
+DOCUMENTS_PER_STEP, SAMPLES_PER_STEP = 24, 64
+_CARD = "# Untrained assistant\n\nThree layers of width 64, random weights: where `understudy demo assistant` begins.\n"
+_TITLE = "New knowledge in, old behaviour back: the assistant world"
+_INTRO = (
+    "An assistant is trained from nothing to follow formatting instructions and to answer questions about old facts. "
+    "Mid-training on company documents teaches it new facts and costs it its manners. Its earlier self, as teacher, gives "
+    "them back on the instructions alone; no document is shown again. Beside it: fine-tuning on the earlier self's answers."
+)
+_LIMITS = (
+    "Limits: a model of 160 thousand weights and 240 invented facts. Fine-tuning on the earlier self's answers restores "
+    "the behaviour as well: this shows recovery by self-distillation, not an advantage over fine-tuning. Facts are asked "
+    "in a form that mid-training shows among others; a fact counts as known when the whole answer is right."
+)
+
+
+def prepare(folder: Path, *, seed: int = 0) -> None:
+    """The untrained model and every file the phases read."""
+    tokenizer = assistant.tokenizer()
+    model = build_qwen3(tokenizer, hidden_size=64, num_layers=3, num_heads=4, seed=seed)
+    save_folder(model, tokenizer, folder / "models" / "untrained", _CARD)
+    write_rows(folder / "chats.jsonl", assistant.stage0_rows(ASSISTANT_STEPS, seed))
+    write_rows(folder / "documents.jsonl", assistant.document_rows(MIDTRAIN_STEPS * DOCUMENTS_PER_STEP, seed + 50))
+    count = RECOVERY_STEPS * SAMPLES_PER_STEP // 2
+    write_rows(folder / "instructions.jsonl", assistant.instruction_rows(count, seed + 77))
+    write_rows(folder / "test_instructions.jsonl", assistant.instruction_rows(400, 999))
+    write_rows(folder / "test_new_facts.jsonl", assistant.question_rows("new"))
+    write_rows(folder / "test_old_facts.jsonl", assistant.question_rows("old"))
+
+
+def configs(folder: Path, *, seed: int = 0) -> dict[str, tuple[str, RunConfig]]:
+    """(command, configuration) of every phase, in order."""
+    chat_rows = sum(1 for _ in (folder / "chats.jsonl").open(encoding="utf-8"))
+    last = {name: f"{name}/checkpoints/step_{steps:06d}" for name, steps in _STEPS.items()}
+    linear = {"schedule": "linear", "betas": [0.9, 0.98]}
+    on_instructions = {"prompts": {"path": str(folder / "instructions.jsonl")}}
+    recovery = {"num_steps": RECOVERY_STEPS, "warmup_steps": 5, "betas": [0.9, 0.98]}
+    samples = {"group_size": 2, "groups_per_batch": SAMPLES_PER_STEP // 2, "max_completion_tokens": 16}
+
+    def phase(name: str, student: str, **sections: Any) -> RunConfig:
+        tasks = [
+            {"name": task, "path": str(folder / f"test_{task}.jsonl")}
+            for task in ("instructions", "new_facts", "old_facts")
+        ]
+        tree: dict[str, Any] = {
+            "output_dir": str(folder / name),
+            "seed": seed,
+            "num_threads": 1,
+            "student": {"model": str(folder / student)},
+            "sampling": {"max_completion_tokens": 16},
+            "evaluation": {"every": 20 if name in ("distill", "sft-control") else 0, "tasks": tasks},
+            "checkpoints": {"every": 200},
+        }
+        return RunConfig.model_validate(tree | sections)
+
+    teacher = {"model": str(folder / last["assistant"])}
+    return {
+        "assistant": (
+            "sft",
+            phase(
+                "assistant",
+                "models/untrained",
+                prompts={"path": str(folder / "chats.jsonl")},
+                supervised={"batch_size": chat_rows // ASSISTANT_STEPS},
+                optim=linear
+                | {
+                    "learning_rate": 3e-3,
+                    "num_steps": ASSISTANT_STEPS,
+                    "warmup_steps": 50,
+                    "final_fraction": 0.02,
+                    "weight_decay": 0.01,
+                },
+            ),
+        ),
+        "midtrained": (
+            "sft",
+            phase(
+                "midtrained",
+                last["assistant"],
+                prompts={"path": str(folder / "documents.jsonl")},
+                supervised={"batch_size": DOCUMENTS_PER_STEP},
+                optim=linear | {"learning_rate": 6e-4, "num_steps": MIDTRAIN_STEPS, "warmup_steps": 10},
+            ),
+        ),
+        "distill": (
+            "distill",
+            phase(
+                "distill",
+                last["midtrained"],
+                teacher=teacher,
+                sampling=samples,
+                optim=recovery | {"learning_rate": 3e-4},
+                rollouts={"every": RECOVERY_STEPS, "per_step": 64},
+                **on_instructions,
+            ),
+        ),
+        "samples": (
+            "generate",
+            phase("samples", last["midtrained"], teacher=teacher, sampling=samples, **on_instructions),
+        ),
+        "sft-control": (
+            "sft",
+            phase(
+                "sft-control",
+                last["midtrained"],
+                prompts={"path": str(folder / "samples/samples.jsonl")},
+                supervised={"batch_size": SAMPLES_PER_STEP},
+                optim=recovery | {"learning_rate": 3e-4},
+            ),
+        ),
+    }
+
+
+_STEPS = {
+    "assistant": ASSISTANT_STEPS,
+    "midtrained": MIDTRAIN_STEPS,
+    "distill": RECOVERY_STEPS,
+    "samples": 0,
+    "sft-control": RECOVERY_STEPS,
+}
+_AFTER = {
+    "assistant": (),
+    "midtrained": ("assistant",),
+    "distill": ("midtrained",),
+    "samples": ("assistant",),
+    "sft-control": ("midtrained", "samples"),
+}
+_SECONDS = {"assistant": 95.0, "midtrained": 30.0, "distill": 25.0, "samples": 10.0, "sft-control": 20.0}
+
+
+def write_jobs(folder: Path, *, seed: int = 0) -> list[Job]:
+    """One TOML file per phase in ``folder``, and the jobs that run them."""
+    jobs = []
+    for name, (command, config) in configs(folder, seed=seed).items():
+        path = folder / f"{name}.toml"
+        path.write_text(config.to_toml(), encoding="utf-8")
+        jobs.append(Job(name, [command, str(path)], folder / name, _SECONDS[name], _STEPS[name], _AFTER[name]))
+    return jobs
+
+
+def run_demo(folder: Path, *, seed: int = 0, slots: int = 2) -> tuple[list[Job], Mapping[str, float]]:
+    """Prepare and run every phase; jobs and their seconds."""
+    prepare(folder, seed=seed)
+    jobs = write_jobs(folder, seed=seed)
+    return jobs, run_jobs(jobs, logs=folder / "logs", title="assistant demo", slots=slots)
+
+
+_STAGES = (
+    ("assistant", "assistant", -1),
+    ("after the documents", "midtrained", -1),
+    ("distilled from the assistant", "distill", -1),
+    ("sft control", "sft-control", -1),
+)
+
+
+def table_rows(jobs: Sequence[Job]) -> list[dict[str, str]]:
+    """Accuracy of every stage on instructions and facts."""
+    by_name = {job.name: job for job in jobs}
+    table = []
+    for label, name, position in _STAGES:
+        row = by_name[name].rows()[position]
+        costs = json.loads((by_name[name].folder / "costs.json").read_text(encoding="utf-8"))
+        cells = {"model": label}
+        for task, title in (("instructions", "instructions"), ("new_facts", "new facts"), ("old_facts", "old facts")):
+            for mode, suffix in (("greedy", ""), ("t1", ", T = 1")):
+                value, error = row[f"eval/{task}/{mode}"], row[f"eval/{task}/{mode}_se"]
+                cells[title + suffix] = f"{100 * value:.1f} ± {100 * error:.1f}"
+        cells["steps"] = str(row["step"])
+        cells["GFLOP"] = f"{costs['total_without_evaluation']['flops'] / 1e9:.0f}"
+        cells["seconds"] = f"{costs['total_without_evaluation']['seconds']:.0f}"
+        table.append(cells)
+    return table
+
+
+def verdict(jobs: Sequence[Job]) -> str:
+    """One paragraph that says no more than the numbers do, and the setting's limits."""
+    last = {job.name: job.rows()[-1] for job in jobs if job.num_steps}
+
+    def share(name: str, task: str, mode: str = "greedy") -> str:
+        return f"{last[name][f'eval/{task}/{mode}']:.1%}"
+
+    return (
+        f"The assistant follows {share('assistant', 'instructions')} of the instructions. Mid-training on documents alone "
+        f"takes new facts from {share('assistant', 'new_facts')} to {share('midtrained', 'new_facts')} and instructions "
+        f"down to {share('midtrained', 'instructions')}. {RECOVERY_STEPS} steps of distillation from the earlier self "
+        f"bring instructions to {share('distill', 'instructions')}, with new facts at {share('distill', 'new_facts')} "
+        f"greedy ({share('distill', 'new_facts', 't1')} at temperature 1, from "
+        f"{share('midtrained', 'new_facts', 't1')}) and old facts at {share('distill', 'old_facts')}. The control, "
+        f"fine-tuned on the earlier self's answers to the same instructions, ends at "
+        f"{share('sft-control', 'instructions')} instructions and {share('sft-control', 'new_facts')} new facts."
+        f"\n\n{_LIMITS}"
+    )
+
+
+def write_page(folder: Path, jobs: Sequence[Job]) -> tuple[list[dict[str, str]], str, Path]:
+    """(table, verdict, path of report.html) of a finished demo."""
+    by_name = {job.name: job for job in jobs}
+    table, paragraph = table_rows(jobs), verdict(jobs)
+    arms = [
+        Arm("distilled from the earlier self", by_name["distill"].rows(), "on-policy, full reverse KL"),
+        Arm("sft control", by_name["sft-control"].rows(), "fine-tuning on the earlier self's answers"),
+    ]
+    rollouts = by_name["distill"].folder / "rollouts"
+    after = {
+        (r["prompt_index"], r["sample_index"]): r for r in read_rollouts(rollouts / f"step_{RECOVERY_STEPS:06d}.jsonl")
+    }
+    pairs = [
+        RolloutPair(
+            record, after[record["prompt_index"], record["sample_index"]], {}, {}, "After the documents", "Distilled"
+        )
+        for record in read_rollouts(rollouts / "step_000000.jsonl")
+        if record["sample_index"] == 0
+    ]
+    path = write_comparison(
+        arms,
+        folder / "report.html",
+        title=_TITLE,
+        intro=_INTRO,
+        table=table,
+        verdict=paragraph,
+        commands=[(job.name, f"{job.command} --output_dir {job.folder}-again") for job in jobs],
+        before_after=pairs[:12],
+        footnotes=["Accuracy on 400 instructions, 160 new and 80 old facts, ± one standard error over problems."],
+    )
+    return table, paragraph, path
