@@ -64,7 +64,7 @@ demo: $(STAMP)  ## the algorithm on a toy world, from nothing, on a CPU
 	$(BIN)/understudy demo
 
 demo-assistant: $(STAMP)  ## the personal-assistant world: learn documents, lose manners, distil them back
-	$(BIN)/understudy demo --world assistant
+	$(BIN)/understudy demo assistant
 
 clean:  ## remove build products and caches (not .venv, not runs)
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """Random models of a few thousand weights, built from configurations alone, and a tokenizer for them.
 
-Weights are drawn wide, so that next-token distributions are far from uniform and a wrong position or a wrong sign shows.
+Weights are drawn wide, so that next-token distributions are far from uniform: a wrong position or sign shows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from understudy.backends.loading import LanguageModel
 from understudy.backends.local import LocalSampler, LocalTeacher, LocalTrainer
@@ -66,9 +67,11 @@ def tiny_model(
     return model
 
 
-def _in_full_precision(model: nn.Module) -> None:
-    """transformers' norms (and the eager attention's softmax) round to float32 whatever the model's dtype. That rounding
-    jumps, so that two orders of summation differ by 1e-7; without it float64 tests can ask for 1e-10."""
+def _in_full_precision(model: Any) -> None:
+    """transformers' norms and eager attention round to float32 whatever the model's dtype. That rounding jumps, so that
+    two orders of summation differ by 1e-7; without it float64 tests can ask for 1e-10."""
+    if model.config._attn_implementation == "eager":
+        model.set_attn_implementation("eager_in_own_dtype")
     for module in model.modules():
         name = type(module).__name__
         if name.endswith("RMSNorm"):
@@ -87,6 +90,21 @@ class _Norm:
         x = x - x.mean(-1, keepdim=True) if self.centred else x
         eps = getattr(self.module, "eps", None) or self.module.variance_epsilon
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (self.offset + self.module.weight)
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float, **options: Any
+) -> tuple[Tensor, None]:
+    """transformers' eager attention, soft-capped, but for its cast to float32."""
+    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
+    cap = options["softcap"]
+    weights = cap * torch.tanh(query @ key.transpose(2, 3) * scaling / cap)
+    weights = torch.softmax(weights if mask is None else weights + mask, dim=-1)
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("eager_in_own_dtype", _attention)
+AttentionMaskInterface.register("eager_in_own_dtype", eager_mask)
 
 
 def tiny_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:

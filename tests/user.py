@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +29,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from understudy import cli
+from understudy import RunConfig, cli
 
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHATML = (
@@ -147,3 +149,75 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: v for name, v in row.items() if not name.startswith("time/") and name != "cost/seconds"}
+
+
+def amounts(costs: Mapping[str, Any]) -> dict[str, Any]:
+    return {role: (entry["tokens"], entry["flops"]) for role, entry in costs["roles"].items()}
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Equality of nested states, tensors bit for bit."""
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for pair in zip(one, other, strict=True):
+            assert_same(*pair)
+    else:
+        assert one == other
+
+
+def assert_same_run(folder: Path, expected: Path, *, steps: int = 5) -> None:
+    """Same weights, optimizer, metrics, rollouts and costs; and nothing half-written is left."""
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    assert names == {path.relative_to(expected).as_posix() for path in expected.rglob("*")}
+    last = f"checkpoints/step_{steps:06d}"
+    weights = [name for name in names if name.startswith(last) and name.endswith(".safetensors")]
+    assert len(weights) == 1
+    for name in [*weights, *(name for name in names if name.startswith("rollouts/"))]:
+        assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
+    states = [torch.load(f / last / "trainer_state.pt", weights_only=True) for f in (folder, expected)]
+    assert_same(states[0]["trainer"], states[1]["trainer"])
+    assert states[0]["step"] == steps
+    assert amounts(states[0]["costs"]) == amounts(states[1]["costs"])
+    assert [*map(without_times, metrics(folder))] == [*map(without_times, metrics(expected))]
+    assert [row["step"] for row in metrics(folder)] == list(range(steps + 1))
+    costs = [json.loads((f / "costs.json").read_text()) for f in (folder, expected)]
+    assert amounts(costs[0]) == amounts(costs[1])
+    configs = [RunConfig.from_toml(f / "config.toml", {"output_dir": "run"}) for f in (folder, expected)]
+    assert configs[0] == configs[1]
+
+
+def interrupt_in(monkeypatch: pytest.MonkeyPatch, name: str, *, at_call: int = 1, times: int = 1) -> None:
+    """Ctrl-C while ``name`` is at work."""
+    module, _, attribute = name.rpartition(".")
+    original = getattr(importlib.import_module(module), attribute)
+    calls = 0
+
+    def function(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at_call:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(name, function)
+
+
+def owner_of(name: str) -> Any:
+    """A module, or an attribute of one."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        parent, _, attribute = name.rpartition(".")
+        return getattr(importlib.import_module(parent), attribute)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,8 @@ from understudy.tasks import Grader
 from understudy.teacher_scores import score_rollouts
 from understudy.types import ScoredRollout
 
+log = logging.getLogger("understudy")
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -51,6 +54,9 @@ def distill(
 ) -> RunResult:
     """On-policy distillation. Anything with the protocols' methods can stand in for the configured parts.
 
+    ``config`` still names the models, for their tokenizers. On ``resume`` a trainer that is brought along already holds
+    the last checkpoint's weights; its ``load_state_dict`` gets the rest.
+
     Raises ConfigError before any weights are read when the configuration cannot work, RunError when the run cannot
     go on.
     """
@@ -68,59 +74,68 @@ def rl(
     quiet: bool = False,
 ) -> RunResult:
     """Outcome-reward RL: the same loop with group-centred rewards for advantages. Raises as ``distill``."""
+    config = _without_teachers(config)
     return _on_policy(config, "rl", Given(sampler=sampler, trainer=trainer, grader=rewards), resume, quiet)
 
 
 def sft(config: RunConfig, *, trainer: Trainer | None = None, resume: bool = False, quiet: bool = False) -> RunResult:
     """Supervised fine-tuning on chats, prompt-completion pairs or documents. Raises as ``distill``."""
     given = Given(trainer=trainer)
-    # The objective of sft is cross-entropy whatever a shared file says of teachers.
-    config = config.model_copy(update={"teacher": None, "teachers": {}})
+    config = _without_teachers(config)
+    checked = check_run(config, "sft")
+    assert config.prompts is not None
+    examples = supervised_examples(checked.rows, config.prompts, checked.student, checked.stop_ids)
 
-    def work(parts: Parts, checked: Checked, recorder: Recorder) -> None:
-        assert config.prompts is not None
-        examples = supervised_examples(checked.rows, config.prompts, checked.student, checked.stop_ids)
+    def work(parts: Parts, recorder: Recorder) -> None:
         supervised_loop(parts, examples, recorder)
 
-    return _run(config, "sft", given, resume, quiet, work)
+    return _run(config, "sft", checked, given, resume, quiet, work)
+
+
+def _without_teachers(config: RunConfig) -> RunConfig:
+    """One file serves every command; `rl` and `sft` have no use for what it says of teachers."""
+    return config.model_copy(update={"teacher": None, "teachers": {}})
 
 
 def _on_policy(config: RunConfig, method: Method, given: Given, resume: bool, quiet: bool) -> RunResult:
-    def work(parts: Parts, checked: Checked, recorder: Recorder) -> None:
+    checked = check_run(config, method, grader=given.grader)
+
+    def work(parts: Parts, recorder: Recorder) -> None:
         on_policy_loop(parts, recorder)
         if recorder.interrupted_at is None:
             _keep_final_rollouts(parts, recorder)
 
-    return _run(config, method, given, resume, quiet, work)
+    return _run(config, method, checked, given, resume, quiet, work)
 
 
 def _run(
     config: RunConfig,
     method: Method,
+    checked: Checked,
     given: Given,
     resume: bool,
     quiet: bool,
-    work: Callable[[Parts, Checked, Recorder], None],
+    work: Callable[[Parts, Recorder], None],
 ) -> RunResult:
-    """Check, take the folder, load, work, report. Nothing stays behind when preparation fails."""
-    checked = check_run(config, method)
-    folder = RunFolder(config, method=method, resume=resume)
-    try:
+    """Take the folder, load, work, report. Nothing stays behind when preparation fails."""
+    with RunFolder(config, method=method, resume=resume) as folder:
+        steps = folder.config.optim.num_steps
+        if folder.trained and (method == "sft" or config.rollouts.per_step == 0 or folder.holds_rollouts(steps)):
+            log.info("%s: all %d steps are done; raise optim.num_steps to go on", folder.path, steps)
+            return _finished(folder, folder.last_row(), None)
+        if folder.checkpoint:
+            log.info("%s: going on after step %d of %d", folder.path, folder.first_step, steps)
         parts = assemble(folder.config, checked, folder.costs, checkpoint=folder.checkpoint, given=given)
-        folder.write_config(parts.config)
-    except BaseException:
-        folder.discard_if_untouched()
-        raise
-    try:
         with StopRequest().listening() as stop:
             if folder.state:
                 parts.trainer.load_state_dict(folder.state["trainer"])
             parts.sampler.set_policy_version(folder.first_step)
+            folder.write_config(parts.config)
             recorder = Recorder(
                 folder,
                 parts.config,
                 trainer=parts.trainer,
-                teachers=parts.teachers,
+                teachers=parts.page_teachers,
                 student=checked.student,
                 evaluate=lambda: evaluate_tasks(parts.evaluator, parts.tasks, parts.decode),
                 stop=stop,
@@ -128,17 +143,27 @@ def _run(
             )
             try:
                 recorder.start()
-                work(parts, checked, recorder)
+                work(parts, recorder)
             finally:
                 recorder.close()
-    finally:
-        folder.close()
+        return _finished(folder, recorder.last_row, recorder.interrupted_at)
+
+
+def _finished(folder: RunFolder, row: Mapping[str, Any], interrupted_at: int | None) -> RunResult:
+    """Write the report. A report that fails must not look like a run that failed: its files are all there."""
     from understudy.report import write_run_report
 
-    write_run_report(folder.path)
-    step = recorder.interrupted_at or parts.config.optim.num_steps
-    student = checkpoint_path(folder.checkpoints_path, step)
-    return RunResult(folder.path, student, recorder.last_row, recorder.interrupted_at)
+    try:
+        write_run_report(folder.path)
+    except Exception as error:
+        log.warning(
+            "report.html could not be written (%s: %s); the run itself is complete. Once mended: understudy report %s",
+            type(error).__name__,
+            error,
+            folder.path,
+        )
+    student = checkpoint_path(folder.checkpoints_path, interrupted_at or folder.config.optim.num_steps)
+    return RunResult(folder.path, student, row, interrupted_at)
 
 
 def _keep_final_rollouts(parts: Parts, recorder: Recorder) -> None:
@@ -150,7 +175,9 @@ def _keep_final_rollouts(parts: Parts, recorder: Recorder) -> None:
         return
     groups = sample_rollouts(parts.evaluator, prompts, sampling, seed=step_seed(parts.config.seed, 0))
     rollouts = [rollout for group in groups for rollout in group]
-    scores = score_rollouts(parts.teachers, rollouts, parts.score_kind) if parts.teachers else [None] * len(rollouts)
+    scores = (
+        score_rollouts(parts.page_teachers, rollouts, parts.score_kind) if parts.teachers else [None] * len(rollouts)
+    )
     rewards = grade_rollouts(rollouts, parts.grader, parts.decode) if parts.grader else [None] * len(rollouts)
     scored = [ScoredRollout(*columns) for columns in zip(rollouts, scores, rewards, strict=True)]
     size = sampling.group_size
@@ -161,52 +188,51 @@ def _keep_final_rollouts(parts: Parts, recorder: Recorder) -> None:
 def generate(config: RunConfig, *, quiet: bool = False) -> RunResult:
     """The teacher writes ``sampling.group_size`` completions for every prompt row: ``samples.jsonl``, rows for ``sft``.
 
-    Off-policy distillation is ``generate`` and then ``sft``.
+    Off-policy distillation is ``generate`` and then ``sft``. The student is not looked at: it may have other tokens.
     """
     checked = check_run(config, "generate")
-    folder = RunFolder(config, method="generate")
-    set_threads(config)
     assert config.teacher is not None
-    text = checked.teachers["default"]
-    student = StudentConfig(model=config.teacher.model, dtype=config.teacher.dtype, device=config.teacher.device)
-    model = load_student(student, vocab_size=checked.vocab_size)
-    stop_ids = checked.stop_ids
-    sampler = MeteredSampler(
-        LocalSampler(model, stop_ids=stop_ids), folder.costs, "teacher_sampling", model.matmul_parameters()[0]
-    )
-    folder.write_config(config)
-    groups = sample_rollouts(sampler, checked.prompts, config.sampling, seed=step_seed(config.seed, 0))
-    sources = {row.index: row.values for row in checked.rows}
-    rows = [
-        {
-            **sources[rollout.prompt.index],
-            "completion": text.tokenizer.decode(list(rollout.completion_ids), skip_special_tokens=True),
-            "finish_reason": rollout.finish_reason,
-        }
-        for group in groups
-        for rollout in group
-    ]
-    path = folder.path / "samples.jsonl"
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    write_json(folder.path / "costs.json", folder.costs.to_json())
-    folder.close()
+    with RunFolder(config, method="generate") as folder:
+        set_threads(config)
+        teacher = StudentConfig(model=config.teacher.model, dtype=config.teacher.dtype, device=config.teacher.device)
+        model = load_student(teacher, vocab_size=checked.vocab_size, role="teacher")
+        sampler = MeteredSampler(
+            LocalSampler(model, stop_ids=checked.stop_ids),
+            folder.costs,
+            "teacher_sampling",
+            model.matmul_parameters()[0],
+        )
+        groups = sample_rollouts(sampler, checked.prompts, config.sampling, seed=step_seed(config.seed, 0))
+        sources = {row.index: row.values for row in checked.rows}
+        rows = [
+            {
+                **sources[rollout.prompt.index],
+                "completion": checked.decode(rollout.completion_ids),
+                "finish_reason": rollout.finish_reason,
+            }
+            for group in groups
+            for rollout in group
+        ]
+        folder.write_config(config)
+        path = folder.path / "samples.jsonl"
+        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_json(folder.path / "costs.json", folder.costs.to_json())
     return RunResult(folder.path, None, {"samples": len(rows)})
 
 
 def evaluate(config: RunConfig, *, quiet: bool = False) -> RunResult:
     """Grade ``student.model`` on ``[[evaluation.tasks]]``: ``evaluation.json``."""
     checked = check_run(config, "eval")
-    folder = RunFolder(config, method="eval")
-    set_threads(config)
-    model = load_student(config.student, vocab_size=checked.vocab_size)
-    sampler = MeteredSampler(
-        LocalSampler(model, stop_ids=checked.stop_ids),
-        CostLedger(),
-        "evaluation",
-        model.matmul_parameters()[0],
-    )
-    metrics = evaluate_tasks(sampler, checked.tasks, checked.decode)
-    folder.write_config(config)
-    write_json(folder.path / "evaluation.json", metrics)
-    folder.close()
+    with RunFolder(config, method="eval") as folder:
+        set_threads(config)
+        model = load_student(config.student, vocab_size=checked.vocab_size)
+        sampler = MeteredSampler(
+            LocalSampler(model, stop_ids=checked.stop_ids),
+            CostLedger(),
+            "evaluation",
+            model.matmul_parameters()[0],
+        )
+        metrics = evaluate_tasks(sampler, checked.tasks, checked.decode)
+        folder.write_config(config)
+        write_json(folder.path / "evaluation.json", metrics)
     return RunResult(folder.path, None, metrics)

@@ -10,14 +10,20 @@ from typing import Any
 
 import torch
 
-from understudy.backends.loading import LanguageModel, fast_bfloat16, load_model, load_student, pick_device
+from understudy.backends.loading import (
+    LanguageModel,
+    count_parameters,
+    fast_bfloat16,
+    load_model,
+    load_student,
+    pick_device,
+)
 from understudy.backends.local import LocalSampler, LocalTeacher, LocalTrainer
 from understudy.backends.protocols import Sampler, Teacher, Trainer
 from understudy.config import RunConfig, TeacherConfig
 from understudy.costs import CostLedger, MeteredSampler, MeteredTeacher, MeteredTrainer
 from understudy.errors import ConfigError
 from understudy.evaluation import EvalTask
-from understudy.lm_head import LMHead
 from understudy.objectives import FullReverseKL, Mixture, Objective, PolicyGradient
 from understudy.preflight import Checked
 from understudy.prompts import batch_for_step
@@ -36,11 +42,15 @@ _BF16_MAX_ERROR_SHARE = 0.05
 
 @dataclass(frozen=True)
 class Parts:
-    """The loop's working parts, and its settings in the form its stages take them."""
+    """The loop's working parts, and its settings in the form its stages take them.
+
+    ``page_teachers`` are the teachers off the cost ledger: what pages show is not part of a method's price.
+    """
 
     config: RunConfig
     sampler: Sampler
     teachers: Mapping[str, Teacher]
+    page_teachers: Mapping[str, Teacher]
     trainer: Trainer
     evaluator: Sampler
     objective: Objective
@@ -85,23 +95,25 @@ def assemble(config: RunConfig, checked: Checked, costs: CostLedger, *, checkpoi
     """Load the models that are not ``given`` and resolve what "auto" means here. ``Parts.config`` is the resolved
     tree."""
     set_threads(config)
+    _check_given(checked, given)
     temperature = config.sampling.temperature
-    student = None
-    if given.sampler is None or given.trainer is None:
+    student = given.trainer.model if isinstance(given.trainer, LocalTrainer) else None
+    if student is None and (given.sampler is None or given.trainer is None):
         student = load_student(config.student, vocab_size=checked.vocab_size, weights=checkpoint)
     sizes = student.matmul_parameters() if student else (0, 0)
     sampler = given.sampler or LocalSampler(_present(student), stop_ids=checked.stop_ids)
     trainer = given.trainer or LocalTrainer(_present(student), config.optim, temperature=temperature)
-    teachers, heads, config = _teachers(config, checked, costs, student, sampler, given)
+    teachers, config = _teachers(config, checked, student, sampler, given)
     config = _resolve_estimator(config, teachers)
     full = config.objective.estimator == "full"
     return Parts(
         config=config,
         sampler=MeteredSampler(sampler, costs, "student_sampling", sizes[0]),
-        teachers=teachers,
+        teachers={name: MeteredTeacher(teacher, costs, _size(teacher)) for name, teacher in teachers.items()},
+        page_teachers=teachers,
         trainer=MeteredTrainer(trainer, costs, sizes),
         evaluator=MeteredSampler(sampler, costs, "evaluation", sizes[0]),
-        objective=_objective(config, heads),
+        objective=_objective(config, teachers),
         score_kind="hidden" if full else "sampled",
         grader=given.grader or checked.grader,
         prompts=checked.prompts,
@@ -121,6 +133,26 @@ def assemble(config: RunConfig, checked: Checked, costs: CostLedger, *, checkpoi
             "normalize_rewards": config.objective.normalize_rewards,
         },
     )
+
+
+def _check_given(checked: Checked, given: Given) -> None:
+    """Refuse parts that would work, but not together."""
+    writes = bool(checked.prompts or checked.tasks)
+    if writes and given.trainer is not None and given.sampler is None and not isinstance(given.trainer, LocalTrainer):
+        raise ConfigError(
+            "trainer",
+            got=f"a {type(given.trainer).__name__} without a sampler",
+            expected="a sampler that writes with this trainer's weights; the configured one would never see an update",
+            remedy="pass sampler=... too",
+        )
+    names = {prompt.teacher for prompt in checked.prompts}
+    if given.teachers is not None and not names <= given.teachers.keys():
+        raise ConfigError(
+            "teachers",
+            got=", ".join(sorted(given.teachers)) or "none",
+            expected=f"one for each that the rows name: {', '.join(sorted(names))}",
+            remedy='pass teachers={name: teacher}; rows that name none go to "default"',
+        )
 
 
 def _present(student: LanguageModel | None) -> LanguageModel:
@@ -147,10 +179,16 @@ def _resolve_estimator(config: RunConfig, teachers: Mapping[str, Teacher]) -> Ru
     return config.model_copy(update={"objective": objective.model_copy(update={"estimator": estimator})})
 
 
-def _objective(config: RunConfig, heads: Mapping[str, LMHead]) -> Objective:
+def _size(teacher: Teacher) -> int:
+    """Weights a scored token passes; 0 where that is not known (a caller's own teacher)."""
+    return teacher.model.matmul_parameters()[0] if isinstance(teacher, LocalTeacher) else 0
+
+
+def _objective(config: RunConfig, teachers: Mapping[str, Any]) -> Objective:
     policy = PolicyGradient(temperature=config.sampling.temperature)
     if config.objective.estimator != "full":
         return policy
+    heads = {name: teacher.head for name, teacher in teachers.items()}
     divergence = FullReverseKL(heads, config.objective.kl_coef, config.sampling.temperature)
     return Mixture(divergence, policy) if config.reward_coef > 0 else divergence
 
@@ -158,26 +196,21 @@ def _objective(config: RunConfig, heads: Mapping[str, LMHead]) -> Objective:
 def _teachers(
     config: RunConfig,
     checked: Checked,
-    costs: CostLedger,
     student: LanguageModel | None,
     sampler: Sampler,
     given: Given,
-) -> tuple[dict[str, Teacher], dict[str, LMHead], RunConfig]:
-    """Teachers and their heads by name, and the configuration with their dtypes resolved."""
+) -> tuple[dict[str, Teacher], RunConfig]:
+    """Teachers by name, and the configuration with their dtypes resolved."""
     if given.teachers is not None:
-        heads = {name: getattr(t, "head") for name, t in given.teachers.items() if "hidden" in t.kinds}  # noqa: B009
-        return dict(given.teachers), heads, config
+        return dict(given.teachers), config
     teachers: dict[str, Teacher] = {}
-    heads: dict[str, LMHead] = {}
     resolved: dict[str, TeacherConfig] = {}
     for name, teacher_config in config.all_teachers.items():
         prompts = [p for p in checked.prompts if p.teacher == name]
-        teacher, dtype = _load_teacher(teacher_config, config, checked, student, sampler, prompts)
-        teachers[name] = MeteredTeacher(teacher, costs, teacher.model.matmul_parameters()[0])
-        heads[name] = teacher.head
+        teachers[name], dtype = _load_teacher(teacher_config, config, checked, student, sampler, prompts)
         resolved[name] = teacher_config.model_copy(update={"dtype": dtype})
     default = resolved.pop("default", None)
-    return teachers, heads, config.model_copy(update={"teacher": default, "teachers": resolved})
+    return teachers, config.model_copy(update={"teacher": default, "teachers": resolved})
 
 
 def _load_teacher(
@@ -201,6 +234,9 @@ def _load_teacher(
 
     if teacher.dtype != "auto":
         return load(getattr(torch, teacher.dtype)), teacher.dtype
+    if _too_large_to_compare(teacher.model, device):
+        log.info("teacher %s in bfloat16: two precisions of it do not fit in memory to be compared", teacher.model)
+        return load(torch.bfloat16), "bfloat16"
     loaded = load(torch.float32)
     if student is not None and loaded.model.shape == student.shape:
         name = str(student.dtype).removeprefix("torch.")
@@ -220,6 +256,14 @@ def _load_teacher(
         signal,
     )
     return (half, "bfloat16") if chosen else (loaded, "float32")
+
+
+def _too_large_to_compare(model: str, device: torch.device) -> bool:
+    """Whether a float32 and a bfloat16 copy would not fit on this GPU (a CPU has the host's memory)."""
+    if device.type != "cuda":
+        return False
+    needed = 6 * count_parameters(model)
+    return needed > 0.8 * torch.cuda.mem_get_info(device)[0]
 
 
 def _precision_error(

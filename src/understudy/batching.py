@@ -63,8 +63,8 @@ def lay_out(
     return Layout(
         torch.tensor(ids, device=device),
         position_ids,
-        torch.tensor(index, device=device),
-        torch.tensor(targets, device=device),
+        torch.tensor(index, dtype=torch.long, device=device),
+        torch.tensor(targets, dtype=torch.long, device=device),
     )
 
 
@@ -114,8 +114,9 @@ def _make_batch(
         return torch.tensor([value for row in rows for value in row], dtype=dtype, device=device)
 
     layout = lay_out(examples, device=device, packing=packing)
-    has_policy = examples[0].advantages is not None
-    hidden = [_checked(e.teacher_hidden, e) for e in examples] if examples[0].teacher_hidden is not None else None
+    has_policy = any(e.advantages is not None for e in examples)
+    has_hidden = any(e.teacher_hidden is not None for e in examples)
+    hidden = [_checked(e.teacher_hidden, e) for e in examples] if has_hidden else None
     return Batch(
         input_ids=layout.input_ids,
         position_ids=layout.position_ids,

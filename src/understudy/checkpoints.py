@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from understudy.errors import ConfigError
 
 if TYPE_CHECKING:
     from understudy.backends.protocols import Trainer
@@ -46,15 +49,25 @@ def save_checkpoint(
     partial.rename(final)
     flush(folder)
     for _, old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        # Renamed first: a folder that is still called step_... is whole, even if a crash interrupts the removal.
+        shutil.rmtree(old.rename(old.with_suffix(".partial")))
     return final
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """The state saved beside the weights."""
+    """The state saved beside the weights. Raises ConfigError when it cannot be read."""
     import torch
 
-    return torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
+    path = checkpoint / STATE_FILE
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ConfigError(
+            f"checkpoint {path}",
+            got=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            expected="the state that the run saved there",
+            remedy=f"remove {checkpoint}: --resume then goes on from the checkpoint before it",
+        ) from None
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -70,7 +83,10 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 def remove_partial(folder: Path) -> None:
     """Delete what a crash left half-written."""
     for path in folder.glob("*.partial") if folder.is_dir() else []:
-        shutil.rmtree(path)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _OVERRIDES_HELP = "Any key of the file, e.g. --optim.learning_rate 1e-4. Every key is listed by `understudy keys`."
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help=_OVERRIDES_HELP, show_default=False)]
+Run = Annotated[Path, Parameter(help="The TOML file that describes the run.", show_default=False)]
 Resume = Annotated[bool, Parameter(negative="", help="Continue the interrupted run in output_dir.")]
 Smoke = Annotated[
     bool, Parameter(negative="", help="Two tiny steps into <output_dir>-smoke: does it work from end to end?")
@@ -34,27 +35,23 @@ app = App(
     "mistakes.\n\nStart with `understudy demo`.",
     version=understudy.__version__,
     help_format="markdown",
+    suppress_keyboard_interrupt=False,  # main says what became of it
 )
 world = App(name="world", help="Small models and tasks built from nothing.")
 app.command(world)
 
 
 @app.command
-def distill(run: Path, *overrides: Overrides, resume: Resume = False, smoke: Smoke = False) -> int:
+def distill(run: Run, /, *overrides: Overrides, resume: Resume = False, smoke: Smoke = False) -> int:
     """Teach [student] with [teacher] on the student's own completions of [prompts].
 
-    Examples:
+    For example:
 
         understudy distill run.toml
 
         understudy distill run.toml --optim.learning_rate 1e-4 --student.lora.rank 32
 
         understudy distill run.toml --resume
-
-    Parameters
-    ----------
-    run
-        The TOML file that describes the run.
     """
     from understudy import api
 
@@ -62,17 +59,12 @@ def distill(run: Path, *overrides: Overrides, resume: Resume = False, smoke: Smo
 
 
 @app.command
-def rl(run: Path, *overrides: Overrides, resume: Resume = False, smoke: Smoke = False) -> int:
+def rl(run: Run, /, *overrides: Overrides, resume: Resume = False, smoke: Smoke = False) -> int:
     """Outcome-reward RL on [prompts], graded by [reward]: the same loop without a teacher.
 
-    Example:
+    For example:
 
         understudy rl run.toml --sampling.group_size 8
-
-    Parameters
-    ----------
-    run
-        The TOML file that describes the run.
     """
     from understudy import api
 
@@ -80,17 +72,12 @@ def rl(run: Path, *overrides: Overrides, resume: Resume = False, smoke: Smoke = 
 
 
 @app.command
-def sft(run: Path, *overrides: Overrides, resume: Resume = False, smoke: Smoke = False) -> int:
+def sft(run: Run, /, *overrides: Overrides, resume: Resume = False, smoke: Smoke = False) -> int:
     """Supervised fine-tuning of [student] on [prompts]: chats, prompt-completion pairs or documents.
 
-    Example:
+    For example:
 
         understudy sft run.toml --prompts.path runs/samples/samples.jsonl
-
-    Parameters
-    ----------
-    run
-        The TOML file that describes the run.
     """
     from understudy import api
 
@@ -98,17 +85,12 @@ def sft(run: Path, *overrides: Overrides, resume: Resume = False, smoke: Smoke =
 
 
 @app.command
-def generate(run: Path, *overrides: Overrides, smoke: Smoke = False) -> int:
+def generate(run: Run, /, *overrides: Overrides, smoke: Smoke = False) -> int:
     """Let [teacher] answer [prompts]: rows for `sft`, in <output_dir>/samples.jsonl.
 
-    Example:
+    For example:
 
         understudy generate run.toml --sampling.group_size 1
-
-    Parameters
-    ----------
-    run
-        The TOML file that describes the run.
     """
     from understudy import api
 
@@ -118,19 +100,14 @@ def generate(run: Path, *overrides: Overrides, smoke: Smoke = False) -> int:
 
 
 @app.command(name="eval")
-def eval_(run: Path, *overrides: Overrides, smoke: Smoke = False) -> int:
+def eval_(run: Run, /, *overrides: Overrides, smoke: Smoke = False) -> int:
     """Grade [student] on [[evaluation.tasks]].
 
     Graders: exact_match, last_number, ledger, or your own function as "package.module:function".
 
-    Example:
+    For example:
 
         understudy eval run.toml --student.model runs/a/checkpoints/step_000100 --output_dir runs/a-eval
-
-    Parameters
-    ----------
-    run
-        The TOML file that describes the run.
     """
     from understudy import api
 
@@ -164,18 +141,18 @@ def keys(*, schema: bool = False) -> int:
 def demo(
     name: Literal["ledger", "assistant"] = "ledger", *, output: Path | None = None, seed: int = 0, smoke: Smoke = False
 ) -> int:
-    """Watch a small model being taught by another one on its own mistakes, beside the baselines.
+    """Watch a small model being taught on its own mistakes, beside the baselines.
 
-    ledger: from one student, on-policy distillation (full and sampled), fine-tuning on teacher samples and RL. About two
-    minutes on two cores. assistant: an assistant loses its manners while it learns company facts, and gets them back from
-    its earlier self. About three minutes.
+    ledger: from one student, on-policy distillation (full and sampled), fine-tuning on teacher samples and RL; about
+    two minutes on two cores. assistant: an assistant loses its manners while it learns company facts, and gets them
+    back from its earlier self; about three minutes.
 
     Parameters
     ----------
     name
         Which demo.
     output
-        Folder for its files; runs/demo-<name> by default, numbered when taken.
+        Folder for its files; runs/demo-ledger or runs/demo-assistant by default, numbered when taken.
     seed
         Seed of the methods.
     """
@@ -191,7 +168,7 @@ def build(name: Literal["ledger", "assistant"], *, output: Path, steps: int | No
     ledger: trains the teacher and the start that ship with the package (about 7 minutes on one core) and writes prompts
     and test problems. assistant: writes the untrained model and all data of `understudy demo assistant`.
 
-    Example:
+    For example:
 
         understudy world build ledger --output worlds/ledger
 
@@ -213,7 +190,7 @@ def build(name: Literal["ledger", "assistant"], *, output: Path, steps: int | No
 def report(*runs: Path) -> int:
     """Write report.html anew from a run's files.
 
-    Example:
+    For example:
 
         understudy report runs/a
 
@@ -224,6 +201,8 @@ def report(*runs: Path) -> int:
     """
     from understudy.report import write_run_report
 
+    if not runs:
+        raise ConfigError("report", got="no folder", expected="a run's output_dir", remedy="understudy report runs/a")
     for run in runs:
         if not (run / "config.toml").exists():
             raise ConfigError(
@@ -298,8 +277,9 @@ def main() -> None:
     logging.getLogger("understudy").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", module="torch|transformers|peft")
     console = Console(stderr=True, highlight=False)
+    sys.path.append("")  # a grader "my_graders:grade" lies in the working folder; a script's own path leaves that out
     try:
-        code = app(exit_on_error=False, print_error=True, result_action="return_value")
+        code = app(sys.argv[1:], exit_on_error=False, print_error=True, result_action="return_value")
     except CycloptsError:
         sys.exit(2)
     except UnderstudyError as error:
@@ -307,6 +287,6 @@ def main() -> None:
         console.print(str(error), markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        console.print("interrupted")
+        console.print("interrupted; a run goes on from its last checkpoint with the same command and --resume")
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)

@@ -6,6 +6,7 @@ Importing this module needs neither torch nor transformers, so a broken file is 
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,7 +21,9 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 class LoraConfig(Section):
@@ -328,28 +331,42 @@ def _toml_value(text: str) -> object:
 
 
 def _set_dotted(tree: dict[str, Any], key: str, value: object) -> None:
-    *parents, leaf = key.replace("-", "_").split(".")
+    *parents, leaf = key.split(".")
     for parent in parents:
+        # --student.gradient-checkpointing is well meant; but a [teachers.my-teacher] keeps its name.
+        parent = parent if parent in tree else parent.replace("-", "_")
         node = tree.setdefault(parent, {})
         if not isinstance(node, dict):
             raise ConfigError(f"--{key}", got=f"{parent} = {node!r}", expected="a section", remedy=f"drop --{key}")
         tree = node
-    tree[leaf] = value
+    tree[leaf if leaf in tree else leaf.replace("-", "_")] = value
+
+
+def _nearest(name: str) -> str:
+    """What an unknown key may have meant: a key of its section, a section, a key elsewhere; else its section's keys."""
+    generic = re.sub(r"^(teachers)\.[^.]+", r"\1.<name>", re.sub(r"\.(\d+)(?=\.|$)", "[]", name))
+    section, _, leaf = generic.rpartition(".")
+    known = [row[0] for row in field_rows()]
+    prefix = f"{section}." if section else ""
+    # Keys and sections that stand beside it.
+    siblings = list(dict.fromkeys(k[len(prefix) :].split(".")[0] for k in known if k.startswith(prefix)))
+    near = [prefix + key for key in difflib.get_close_matches(leaf, siblings, n=2)]
+    leaves = [key.rpartition(".")[2] for key in known]
+    elsewhere = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)
+    near = near or [key for key in known if key.rpartition(".")[2] in elsewhere][:3]
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"[{section}] has {', '.join(siblings)}" if siblings and section else "`understudy keys` lists every key"
 
 
 def _explain(error: ValidationError, path: str) -> ConfigError:
-    first = error.errors()[0]
+    # A misspelt key often leaves another one missing: the former is the cause.
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     name = ".".join(str(part) for part in first["loc"])
     others = f" ({error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
     where = f"configuration {path}: {name}{others}" if name else f"configuration {path}{others}"
     if first["type"] == "extra_forbidden":
-        known = [row[0] for row in field_rows()]
-        sections = sorted({row.rsplit(".", 1)[0] for row in known if "." in row})
-        near = difflib.get_close_matches(name, known + sections, n=1, cutoff=0.6) or difflib.get_close_matches(
-            name.rsplit(".", 1)[-1], [row.rsplit(".", 1)[-1] for row in known], n=1
-        )
-        remedy = f"did you mean {near[0]}?" if near else "see `understudy distill --help` for every key"
-        return ConfigError(where, got=f"unknown key {name}", expected="a known key", remedy=remedy)
+        return ConfigError(where, got=f"unknown key {name}", expected="a known key", remedy=_nearest(name))
     if first["type"] == "missing":
         description = next((row[3] for row in field_rows() if row[0] == name), "")
         return ConfigError(where, got="nothing", expected=description or f"a value for {name}", remedy=f"set {name}")

@@ -7,6 +7,7 @@ micro-batches and divides once by the step's token count, so that splitting a st
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -42,18 +43,19 @@ def importance_sampling_loss(
 
     Metrics (sums over the mask, but for ``*_max``): ``ratio``, ``ratio_max``, ``abs_log_ratio``, ``abs_log_ratio_max``.
     """
-    log_ratio = trainer_logprobs - sampler_logprobs.detach()
+    # Masked first: what stands at a masked position (a placeholder, NaN) must not reach exp() and its gradient.
+    log_ratio = torch.where(loss_mask, trainer_logprobs - sampler_logprobs.detach(), 0.0)
     importance_ratio = log_ratio.exp()
     loss = _reduce(-importance_ratio * advantages.detach(), loss_mask, reduction)
     return LossOutput(loss, _ratio_metrics(log_ratio, loss_mask))
 
 
 def _ratio_metrics(log_ratio: Tensor, loss_mask: Tensor) -> dict[str, float]:
-    log_ratio = torch.where(loss_mask, log_ratio.detach(), 0.0)
+    log_ratio = log_ratio.detach()
     empty = log_ratio.numel() == 0
     return {
         "ratio": _masked_sum(log_ratio.exp(), loss_mask),
-        "ratio_max": 0.0 if empty else float(log_ratio.max().exp()),
+        "ratio_max": 0.0 if empty else float(log_ratio.masked_fill(~loss_mask, -math.inf).max().exp()),
         "abs_log_ratio": _masked_sum(log_ratio.abs(), loss_mask),
         "abs_log_ratio_max": 0.0 if empty else float(log_ratio.abs().max()),
     }
@@ -79,10 +81,13 @@ def reverse_kl_divergence(
 
     Metrics (sums): REVERSE_KL_METRICS.
     """
-    teacher_logprobs = teacher_logprobs.detach()
     probabilities = student_logprobs.exp()
-    # 0 * (-inf - x) is NaN in floating point but 0 in the limit; both entropies share the convention.
-    gap = torch.where(probabilities > 0, student_logprobs - teacher_logprobs, 0.0)
+    # The gap is a constant: differentiating it adds the gradient of sum_v p_v = 1, which is zero but for rounding, and
+    # Adam would blow that rounding up to whole steps where student and teacher agree.
+    gap = (student_logprobs - teacher_logprobs).detach()
+    # 0 * (-inf - x) is NaN in floating point but 0 in the limit; both entropies share the convention. Masked rows may
+    # hold anything.
+    gap = torch.where((probabilities > 0) & loss_mask[:, None], gap, 0.0)
     per_token = (probabilities * gap).sum(-1)
     columns = (per_token, _entropy(student_logprobs), _entropy(teacher_logprobs))
     metrics = {name: _masked_sum(column, loss_mask) for name, column in zip(REVERSE_KL_METRICS, columns, strict=True)}

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from understudy.config import RunConfig, SamplingConfig
+from understudy.config import EvalTaskConfig, RowsConfig, RunConfig, SamplingConfig
 from understudy.errors import ConfigError
 from understudy.evaluation import EvalTask
 from understudy.prompts import load_prompts
 from understudy.rows import Row, read_rows
-from understudy.tasks import Grader, load_grader
+from understudy.tasks import GRADERS, Grader, load_grader
 from understudy.tokenization import ModelText, check_same_tokens, load_text, resolve_stop_ids
 from understudy.types import Prompt
 
@@ -36,63 +36,79 @@ class Checked:
         return self.student.tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
-def check_run(config: RunConfig, method: Method) -> Checked:
-    """Raise ConfigError for anything in ``config`` that cannot work for ``method``; else what was read on the way."""
-    _check_sections(config, method)
-    grader = load_grader(config.reward.grader) if config.reward else None
-    graders = [load_grader(task.grader) for task in config.evaluation.tasks]
-    rows = read_rows(config.prompts) if config.prompts and method in ("sft", "generate") else []
-    for task in config.evaluation.tasks:
-        _check_answers(read_rows(task), f"evaluation task {task.name}")
-    if config.prompts and config.reward:
-        _check_answers(read_rows(config.prompts), "rewards")
-    student = load_text(config.student.model, "student")
-    teachers = {name: load_text(teacher.model, "teacher") for name, teacher in config.all_teachers.items()}
-    for teacher in teachers.values():
-        check_same_tokens(student, teacher)
+def check_run(config: RunConfig, method: Method, *, grader: Grader | None = None) -> Checked:
+    """Raise ConfigError for anything in ``config`` that cannot work for ``method``; else what was read on the way.
+
+    ``grader`` stands in for [reward].
+    """
+    _check_sections(config, method, brought_grader=grader is not None)
+    if grader is None and config.reward and method in ("distill", "rl"):
+        grader = load_grader(config.reward.grader)
+    tasks = () if method == "generate" else config.evaluation.tasks
+    graders = [load_grader(task.grader) for task in tasks]
+    student, teachers = _texts(config, method)
     stop_ids = resolve_stop_ids(student, teachers, config.sampling.stop_token_ids)
     prompts: Sequence[Prompt] = []
-    if config.prompts and method != "sft":
-        reader = teachers["default"] if method == "generate" else student
+    if config.prompts and method in ("distill", "rl", "generate"):
         length = config.sampling.max_completion_tokens
-        prompts = load_prompts(
-            config.prompts, reader, {} if method == "generate" else teachers, max_completion_tokens=length
-        )
+        prompts = load_prompts(config.prompts, student, teachers, max_completion_tokens=length)
+    if config.prompts and grader is not None:
+        _check_answers(prompts, grader, config.prompts)
     return Checked(
         student=student,
         teachers=teachers,
         stop_ids=stop_ids,
         vocab_size=min(text.vocab_width for text in (student, *teachers.values())),
         prompts=prompts,
-        rows=rows,
-        tasks=[_eval_task(config, i, graders[i], student) for i in range(len(graders))],
+        rows=read_rows(config.prompts) if config.prompts and method in ("sft", "generate") else [],
+        tasks=[_eval_task(config, task, own, student) for task, own in zip(tasks, graders, strict=True)],
         grader=grader,
     )
 
 
-def _eval_task(config: RunConfig, number: int, grader: Grader, student: ModelText) -> EvalTask:
-    task = config.evaluation.tasks[number]
+def _texts(config: RunConfig, method: Method) -> tuple[ModelText, dict[str, ModelText]]:
+    """Who reads and who marks: `generate` has only a writer, `sft` and `eval` have no teacher."""
+    if method == "generate":
+        assert config.teacher is not None
+        return load_text(config.teacher.model, "teacher"), {}
+    student = load_text(config.student.model, "student")
+    if method in ("sft", "eval"):
+        return student, {}
+    teachers = {name: load_text(teacher.model, "teacher") for name, teacher in config.all_teachers.items()}
+    for teacher in teachers.values():
+        check_same_tokens(student, teacher)
+    return student, teachers
+
+
+def _eval_task(config: RunConfig, task: EvalTaskConfig, grader: Grader, student: ModelText) -> EvalTask:
     length = task.max_completion_tokens or config.sampling.max_completion_tokens
     prompts = load_prompts(task, student, max_completion_tokens=length, task=task.name)
+    _check_answers(prompts, grader, task)
     sampling = SamplingConfig(group_size=1, max_completion_tokens=length, max_batch_rows=config.sampling.max_batch_rows)
     return EvalTask(task, prompts, grader, sampling)
 
 
-def _check_answers(rows: Sequence[Row], what: str) -> None:
-    for row in rows:
-        if row.values.get("answer") is None:
-            raise row.error(
-                f"columns {sorted(row.values)}",
-                f'"answer", to grade for {what}',
-                "add it, or name its column in columns",
-            )
+def _check_answers(prompts: Sequence[Prompt], grader: Grader, source: RowsConfig) -> None:
+    """The package's own graders need an answer they can read; what a user's function needs is its own affair."""
+    if grader not in GRADERS.values():
+        return
+    for prompt in prompts:
+        try:
+            grader(prompt, "", "stop")
+        except ValueError as error:
+            raise read_rows(source)[prompt.index].error(
+                str(error),
+                f'an "answer" that the grader {getattr(grader, "__name__", grader)} can read, in every row',
+                'add it, or name its column in columns, e.g. columns = {answer = "solution"}',
+            ) from None
 
 
-def _check_sections(config: RunConfig, method: Method) -> None:
+def _check_sections(config: RunConfig, method: Method, *, brought_grader: bool) -> None:
     """What each method needs, and what it must not be given."""
+    rewarded = brought_grader or config.reward is not None
     required = {
         "distill": {"teacher": bool(config.all_teachers), "prompts": config.prompts is not None},
-        "rl": {"reward": config.reward is not None, "prompts": config.prompts is not None},
+        "rl": {"reward": rewarded, "prompts": config.prompts is not None},
         "sft": {"prompts": config.prompts is not None},
         "generate": {"teacher": config.teacher is not None, "prompts": config.prompts is not None},
         "eval": {"evaluation.tasks": bool(config.evaluation.tasks)},
@@ -103,13 +119,13 @@ def _check_sections(config: RunConfig, method: Method) -> None:
                 f"configuration of {method}",
                 got=f"no [{section}]",
                 expected=f"a [{section}] section",
-                remedy="`understudy distill --help` lists every key; README.md shows complete examples",
+                remedy="`understudy keys` lists every key; README.md shows complete examples",
             )
     if method in ("distill", "rl"):
-        _check_objective(config, method)
+        _check_objective(config, method, rewarded)
 
 
-def _check_objective(config: RunConfig, method: Method) -> None:
+def _check_objective(config: RunConfig, method: Method, rewarded: bool) -> None:
     sampling, objective = config.sampling, config.objective
 
     def refuse(where: str, got: object, expected: str, remedy: str) -> None:
@@ -126,7 +142,7 @@ def _check_objective(config: RunConfig, method: Method) -> None:
         )
     if objective.estimator == "full" and objective.discount != 0:
         refuse("objective.discount", objective.discount, '0 with estimator = "full"', 'use estimator = "sampled"')
-    if config.reward_coef > 0 and config.reward is None:
+    if config.reward_coef > 0 and not rewarded:
         refuse("objective.reward_coef", config.reward_coef, "a [reward] grader", 'add [reward] grader = "..."')
     if config.reward_coef > 0 and sampling.group_size < 2:
         refuse(

@@ -86,7 +86,10 @@ def _prompt(row: Row, config: RowsConfig, student: ModelText, teachers: Mapping[
         )
     teacher = row.text("teacher") or "default"
     if teachers and teacher not in teachers:
-        raise row.error(f"teacher {teacher!r}", f"one of {sorted(teachers)}", f"add [teachers.{teacher}]")
+        got = (
+            f"teacher {teacher!r}" if row.text("teacher") else 'no "teacher", and there is no [teacher] to fall back on'
+        )
+        raise row.error(got, f'"teacher": one of {sorted(teachers)}', f"name one, or add [teachers.{teacher}]")
     if messages is not None:
         prompt_ids = render_messages(row, messages, config, student)
         text = messages[-1]["content"]
@@ -127,6 +130,16 @@ def _teacher_view(
     return None if ids == prompt_ids else ids
 
 
+def check_embedded(row: Row, ids: Sequence[int], model: ModelText) -> None:
+    """Raise ConfigError for a token that the tokenizer knows and the model has no embedding for."""
+    if max(ids) >= model.vocab_width:
+        raise row.error(
+            f"token {max(ids)}, {model.tokenizer.decode([max(ids)])!r}",
+            f"ids below {model.vocab_width}, as many as {model.name} has embeddings",
+            "leave this token out of the row, or use the tokenizer that belongs to the model",
+        )
+
+
 def _fits(
     row: Row,
     prompt: Prompt,
@@ -140,6 +153,7 @@ def _fits(
         ids = prompt.teacher_prompt_ids or prompt.prompt_ids
         views = [*views, (f"teacher {prompt.teacher}", ids, teachers[prompt.teacher])]
     for role, ids, model in views:
+        check_embedded(row, ids, model)
         if len(ids) + max_completion_tokens > model.context_length:
             if config.over_long == "skip":
                 return False

@@ -35,7 +35,7 @@ class Recorder:
         self._folder, self._config, self._trainer, self._teachers = folder, config, trainer, teachers
         self._student, self._evaluate, self._stop = student, evaluate, stop
         self.first_step = folder.first_step
-        self.last_row: dict[str, Any] = {}
+        self.last_row: dict[str, Any] = folder.last_row()
         self.interrupted_at: int | None = None
         self._progress = StepProgress(
             folder.method, first_step=self.first_step, num_steps=config.optim.num_steps, quiet=quiet

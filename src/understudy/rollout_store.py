@@ -67,17 +67,23 @@ def _short(values: Sequence[float]) -> list[float]:
     return [round(value, 6) for value in values]
 
 
+def rollouts_path(folder: Path, step: int) -> Path:
+    """Where the rollouts of the policy after ``step`` optimizer steps live."""
+    return folder / f"step_{step:06d}.jsonl"
+
+
 def write_rollouts(folder: Path, step: int, records: Sequence[Mapping[str, Any]]) -> Path:
     """Write one step's records, all or none."""
     folder.mkdir(exist_ok=True)
-    path = folder / f"step_{step:06d}.jsonl"
+    path = rollouts_path(folder, step)
     write_atomic(path, "".join(json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n" for record in records))
     return path
 
 
 def read_rollouts(path: Path) -> list[dict[str, Any]]:
     """Records of one file. Raises ValueError for a schema this version does not know."""
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # Not splitlines, which also splits at the line separators of Unicode that texts may hold.
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     for record in records:
         if record.get("schema_version") != SCHEMA_VERSION:
             raise ValueError(f"{path}: got schema_version {record.get('schema_version')}, expected {SCHEMA_VERSION}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,10 @@ def read_rows(config: RowsConfig) -> list[Row]:
         raw = _jsonl(path)
     else:
         raw = _dataset(path, config)
-    rows: list[Row] = []
-    for where, values in raw:
-        if config.limit is not None and len(rows) >= config.limit:
-            break
-        rows.append(Row(len(rows), where, _renamed(where, values, config.columns)))
+    rows = [
+        Row(index, where, _renamed(where, values, config.columns))
+        for index, (where, values) in enumerate(islice(raw, config.limit))
+    ]
     if not rows:
         raise ConfigError(str(path), got="no rows", expected="at least one", remedy="check how the file was written")
     return rows

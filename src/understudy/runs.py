@@ -8,15 +8,17 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import platform
 import shutil
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from understudy.checkpoints import (
+    flush,
     list_checkpoints,
     load_state,
     remove_partial,
@@ -27,35 +29,75 @@ from understudy.checkpoints import (
 from understudy.config import RunConfig
 from understudy.costs import CostLedger
 from understudy.errors import ConfigError
-from understudy.metrics import MetricsLog
-from understudy.rollout_store import write_rollouts
+from understudy.metrics import MetricsLog, read_metrics
+from understudy.rollout_store import rollouts_path, write_rollouts
 
 if TYPE_CHECKING:
     from understudy.backends.protocols import Trainer
 
 # What may change between a run and its continuation: how far, how often, how many. Everything else would silently make
 # another experiment of it.
-_RESUMABLE = ("optim.num_steps", "checkpoints.", "evaluation.", "rollouts.", "num_threads")
+_RESUMABLE = ("num_threads", "optim.num_steps", "checkpoints", "evaluation", "rollouts")
 
 
 class RunFolder:
-    """Exclusive access to ``output_dir``; released when the process ends, however it ends."""
+    """Exclusive access to ``output_dir`` inside a ``with`` block; released too when the process dies.
+
+    ``first_step``: where to go on. A block that wrote nothing leaves no folder behind.
+    """
 
     def __init__(self, config: RunConfig, *, method: str, resume: bool = False) -> None:
         self.path = Path(config.output_dir)
-        self._refuse_unless_usable(resume)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = self._take_lock()
         self.method = method
         self.checkpoints_path = self.path / "checkpoints"
-        self.config = self._continued(config) if resume else config
         self.metrics = MetricsLog(self.path / "metrics.jsonl")
-        remove_partial(self.checkpoints_path)
+        try:
+            self._refuse_unless_usable(resume)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = self._take_lock()
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir {self.path}",
+                got=str(error),
+                expected="a folder that this process can write in",
+                remedy="choose another output_dir",
+            ) from None
+        try:
+            self._go_on(config, resume)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let another run in; remove the folder when nothing was written in it."""
+        self._lock.close()
+        if {path.name for path in self.path.iterdir()} <= {".lock"}:
+            shutil.rmtree(self.path)
+
+    def _go_on(self, config: RunConfig, resume: bool) -> None:
+        """Find the last whole checkpoint and forget what came after it: it happens again, the same."""
         whole = list_checkpoints(self.checkpoints_path)
         self.first_step, self.checkpoint = whole[-1] if whole else (0, None)
         self.state = load_state(self.checkpoint) if self.checkpoint else {}
         self.costs = CostLedger.from_json(self.state["costs"]) if self.state else CostLedger()
-        self._forget_after(self.first_step)
+        self.config, planned = self._continued(config) if resume else (config, 0)
+        # Whether the last step's checkpoint is there, of a run that was to end there.
+        self.trained = self.first_step == self.config.optim.num_steps == planned
+        for folder in (self.path, self.path / "rollouts", self.checkpoints_path):
+            remove_partial(folder)
+        self.metrics.truncate_after(self.first_step if self.checkpoint else -1)
+        rollouts = self.path / "rollouts"
+        for path in rollouts.glob("step_*.jsonl") if rollouts.is_dir() else []:
+            # Those of the checkpoint's own step are written in the step after it, but for a finished run's last ones.
+            if int(path.stem.removeprefix("step_")) >= self.first_step + self.trained:
+                path.unlink()
+
+    def holds_rollouts(self, step: int) -> bool:
+        """Whether the rollouts of a step are stored."""
+        return rollouts_path(self.path / "rollouts", step).exists()
 
     def _refuse_unless_usable(self, resume: bool) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -65,15 +107,18 @@ class RunFolder:
                 expected="a new or empty folder",
                 remedy="choose another output_dir",
             )
+        # A crash before config.toml was whole leaves its half and the lock: as good as empty.
         held = [p.name for p in self.path.iterdir() if p.name != ".lock"] if self.path.is_dir() else []
+        held = [name for name in held if not name.endswith(".partial")]
         if held and not resume:
             is_run = "config.toml" in held
+            resumable = is_run and self.method in ("distill", "rl", "sft")
             raise ConfigError(
                 f"output_dir {self.path}",
                 got="a run is already there" if is_run else f"a folder with {', '.join(sorted(held)[:4])}",
                 expected="a new or empty folder",
                 remedy="continue the run with --resume, or choose another output_dir"
-                if is_run
+                if resumable
                 else "choose another output_dir",
             )
         if held and "config.toml" not in held:
@@ -98,39 +143,40 @@ class RunFolder:
             ) from None
         return lock
 
-    def close(self) -> None:
-        """Let another run in."""
-        self._lock.close()
-
-    def _continued(self, config: RunConfig) -> RunConfig:
-        """The stored configuration, with what may change taken from the new one."""
+    def _continued(self, config: RunConfig) -> tuple[RunConfig, int]:
+        """The stored configuration with what may change taken from the new one, and the stored number of steps."""
         path = self.path / "config.toml"
         if not path.exists():
-            return config
-        stored = flat(RunConfig.from_toml(path))
-        given = flat(config)
+            return config, 0
+        stored = RunConfig.from_toml(path)
+        self._refuse_another_run(flat(stored), flat(config))
+        steps = config.optim.num_steps
+        changes = {name: getattr(config, name) for name in ("output_dir", *_RESUMABLE) if "." not in name}
+        optim = stored.optim.model_copy(update={"num_steps": steps})
+        return stored.model_copy(update={**changes, "optim": optim}), stored.optim.num_steps
+
+    def _refuse_another_run(self, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+        def refuse(what: str, got: object, expected: str, remedy: str) -> None:
+            raise ConfigError(f"--resume in {self.path}: {what}", got=str(got), expected=expected, remedy=remedy)
+
+        method = self.state.get("method", self.method)
+        if method != self.method:
+            refuse("command", self.method, f"{method}, as the run began", f"use `understudy {method}`")
         for key in sorted(stored.keys() | given.keys()):
             old, new = stored.get(key), given.get(key)
+            free = any(key == name or key.startswith(f"{name}.") for name in ("output_dir", *_RESUMABLE))
             # "auto" was resolved when the run began, and stays what it was resolved to.
-            if old == new or new == "auto" or key == "output_dir" or key.startswith(_RESUMABLE):
-                continue
-            raise ConfigError(
-                f"--resume in {self.path}: {key}",
-                got=repr(new),
-                expected=f"{old!r}, as the run began",
-                remedy=f"restore {key}, or start a new run in another output_dir",
+            if old != new and new != "auto" and not free:
+                began = "nothing" if old is None else repr(old)
+                remedy = f"restore {key}, or start a new run in another output_dir"
+                refuse(key, "nothing" if new is None else repr(new), f"{began}, as the run began", remedy)
+        if given["optim.num_steps"] < self.first_step:
+            refuse(
+                "optim.num_steps",
+                given["optim.num_steps"],
+                f"at least {self.first_step}: so many steps are done",
+                "raise it, or drop --resume and choose another output_dir",
             )
-        overrides = {key: value for key, value in given.items() if key.startswith(_RESUMABLE)}
-        kept = {key: value for key, value in stored.items() if not key.startswith(_RESUMABLE)}
-        return RunConfig.model_validate(nested(kept | overrides | {"output_dir": config.output_dir}))
-
-    def _forget_after(self, step: int) -> None:
-        """Drop what was logged after the checkpoint: it happens again, the same."""
-        self.metrics.truncate_after(step if self.checkpoint else -1)
-        rollouts = self.path / "rollouts"
-        for path in rollouts.glob("step_*.jsonl") if rollouts.is_dir() else []:
-            if int(path.stem.removeprefix("step_")) >= step:
-                path.unlink()
 
     def write_config(self, config: RunConfig) -> None:
         """Store the resolved configuration; versions stand in its comments, so that it can be run as it is."""
@@ -151,6 +197,11 @@ class RunFolder:
         write_json(self.path / "costs.json", self.costs.to_json())
         return full
 
+    def last_row(self) -> dict[str, Any]:
+        """The newest row of metrics; empty before the first."""
+        rows = read_metrics(self.metrics.path) if self.metrics.path.exists() else []
+        return rows[-1] if rows else {}
+
     def save_rollouts(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Store one step's rollouts."""
         if records:
@@ -158,15 +209,10 @@ class RunFolder:
 
     def save_checkpoint(self, step: int, trainer: Trainer, tokenizer: Any) -> Path:
         """Write a checkpoint with everything a resumed run needs."""
-        extra = {"costs": self.costs.to_json()}
+        extra = {"costs": self.costs.to_json(), "method": self.method}
+        flush(self.metrics.path)  # a checkpoint must not outlive the rows before it
         keep = self.config.checkpoints.keep
         return save_checkpoint(self.checkpoints_path, step, trainer, tokenizer, extra, keep=keep)
-
-    def discard_if_untouched(self) -> None:
-        """Remove the folder when preparation failed before anything was written in it."""
-        self.close()
-        if self.path.is_dir() and {p.name for p in self.path.iterdir()} <= {".lock"}:
-            shutil.rmtree(self.path)
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
@@ -180,18 +226,6 @@ def flat(config: RunConfig) -> dict[str, Any]:
                 yield f"{prefix}{key}", value
 
     return dict(walk(json.loads(config.model_dump_json(exclude_none=True)), ""))
-
-
-def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys back to a tree."""
-    tree: dict[str, Any] = {}
-    for key, value in values.items():
-        *parents, leaf = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
 
 
 class StopRequest:
@@ -217,3 +251,5 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        # Not print: a handler may run in the middle of another write to the same stream.
+        os.write(2, b"\nstopping: this step is finished and saved first; Ctrl-C again stops at once\n")

@@ -11,7 +11,7 @@ from understudy.errors import ConfigError
 from understudy.metrics import update_metrics
 from understudy.objectives import CrossEntropy
 from understudy.optimizer_step import learning_rate_at, optimizer_step
-from understudy.prompts import batch_for_step, render_messages, with_system_prompt
+from understudy.prompts import batch_for_step, check_embedded, render_messages, with_system_prompt
 from understudy.recorder import Recorder
 from understudy.rows import Row
 from understudy.tokenization import ModelText
@@ -48,6 +48,7 @@ def supervised_examples(
             # Of several end tokens the tokenizer's own is what the model was taught to write.
             own = model.tokenizer.eos_token_id
             completion_ids = [*completion_ids, own if own in stop_ids else min(stop_ids)]
+        check_embedded(row, [*prompt_ids, *completion_ids], model)
         if len(prompt_ids) + len(completion_ids) > model.context_length:
             if config.over_long == "skip":
                 continue

@@ -10,6 +10,8 @@ from typing import Any
 
 from understudy.errors import ConfigError
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "*.model", "tekken.json")
+
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -61,18 +63,20 @@ def load_text(model: str, role: str) -> ModelText:
     folder = Path(model)
     looks_local = folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1
     if folder.exists() or looks_local:
-        _check_folder(folder, role)
         base = adapter_base(folder)
-        if base is not None and not (folder / "config.json").exists():
+        if base is None or (folder / "config.json").exists():
+            _check_folder(folder, role)
+        else:
             text = load_text(base, role)
             return ModelText(model, text.tokenizer, text.vocab, text.vocab_width, text.end_ids, text.context_length)
     try:
         config = AutoConfig.from_pretrained(model)
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
+        got = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"{role} model {model}",
-            got=str(error).strip().splitlines()[0],
+            got=got if folder.exists() else f"no such folder; as a hub id: {got}",
             expected="a folder written by save_pretrained (model and tokenizer), or a hub id that can be reached",
             remedy="check the path or id; save the tokenizer beside the model with tokenizer.save_pretrained(folder)",
         ) from None
@@ -107,6 +111,14 @@ def _check_folder(folder: Path, role: str) -> None:
             got=f"a folder without config.json ({', '.join(sorted(p.name for p in folder.iterdir())[:5]) or 'empty'})",
             expected="a folder written by save_pretrained",
             remedy="point at the folder that holds config.json, for a run: runs/<name>/checkpoints/step_<n>",
+        )
+    # transformers would make an empty tokenizer of the model's type up.
+    if not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        raise ConfigError(
+            f"{role} model {folder}",
+            got="a folder without a tokenizer",
+            expected="tokenizer.json or another tokenizer file beside config.json",
+            remedy="save the tokenizer there: tokenizer.save_pretrained(folder)",
         )
 
 

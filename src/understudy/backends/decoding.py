@@ -17,6 +17,11 @@ def rollout_uniforms(seed: int, prompt_index: int, sample_index: int, length: in
     return np.random.default_rng([seed, prompt_index, sample_index]).random(length)
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Where float64 is to be had: sums over a vocabulary want it, and MPS has none."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def choose_tokens(
     logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float = 1.0, top_k: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -29,11 +34,13 @@ def choose_tokens(
     if greedy:
         ids = logits.argmax(-1)
     else:
-        probabilities = _truncated(logprobs, top_p, top_k).to(torch.float64)
+        exact = float64_device(logits.device)
+        probabilities = _truncated(logprobs, top_p, top_k).to(exact, torch.float64)
         cumulative = probabilities.cumsum(-1)
         # Strictly below the total, so that rounding cannot select past the last token that has any mass.
-        point = uniforms.clamp(max=1 - 2.0**-32) * cumulative[:, -1]
+        point = uniforms.to(exact).clamp(max=1 - 2.0**-32) * cumulative[:, -1]
         ids = torch.searchsorted(cumulative, point[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+        ids = ids.to(logits.device)
     return ids, logprobs.gather(-1, ids[:, None])[:, 0]
 
 
@@ -72,7 +79,7 @@ def decode(
     lengths = torch.tensor([len(p) for p in prompts], device=model.device)
     mask = (torch.arange(width, device=model.device) >= (width - lengths)[:, None]).long()
     ragged = bool((lengths != width).any())
-    draws = torch.tensor(uniforms, dtype=torch.float64, device=model.device)
+    draws = torch.tensor(uniforms, dtype=torch.float64, device=float64_device(model.device))
     stop = torch.tensor(sorted(stop_ids), device=model.device)
     rows = torch.arange(len(prompts), device=model.device)  # the batch's rows -> the caller's
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
@@ -85,7 +92,9 @@ def decode(
         output = model.hidden(ids, **inputs)
         cache = output.past_key_values
         logits = head.logits(output.last_hidden_state[:, -1])
-        tokens, logprobs = choose_tokens(logits, draws[rows, t], temperature=temperature, top_p=top_p, top_k=top_k)
+        tokens, logprobs = choose_tokens(
+            logits, draws[rows.to(draws.device), t], temperature=temperature, top_p=top_p, top_k=top_k
+        )
         written.append((rows[~finished], tokens[~finished], logprobs[~finished]))
         finished = finished | torch.isin(tokens, stop)
         if finished.all():

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from understudy.config import Dtype, LoraConfig, StudentConfig
 from understudy.errors import ConfigError
@@ -87,7 +90,15 @@ def _check_head(model: LanguageModel) -> None:
 def pick_device(device: str) -> torch.device:
     """Resolve "auto": cuda, then mps, then cpu."""
     if device != "auto":
-        return torch.device(device)
+        try:
+            return torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:  # the latter: a build of torch without CUDA
+            raise ConfigError(
+                f"device {device}",
+                got=str(error).strip().splitlines()[0],
+                expected="auto, cpu, mps, cuda or cuda:<n>, present on this machine",
+                remedy='use device = "auto"',
+            ) from None
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -100,18 +111,33 @@ def fast_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())
 
 
+def count_parameters(model: str) -> int:
+    """Parameters of a model, from its configuration alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(adapter_base(Path(model)) or model)
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+
 def load_model(model: str, *, role: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A causal language model from a hub id, a folder, or an adapter folder merged into its base."""
     import transformers
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     transformers.utils.logging.disable_progress_bar()  # a run shows its own
     base = adapter_base(Path(model))
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(base or model, dtype=dtype)
+        # pyright does not know that this flag makes it a pair
+        loaded, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+            base or model, dtype=dtype, output_loading_info=True
+        )
+        if report["missing_keys"]:  # transformers would go on with random weights in their place
+            raise ValueError(f"weights without {', '.join(sorted(report['missing_keys'])[:3])}")
         if base is not None:
             loaded = _peft().PeftModel.from_pretrained(loaded, model).merge_and_unload()
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"{role} model {model}",
             got=str(error).strip().splitlines()[0],
@@ -121,20 +147,44 @@ def load_model(model: str, *, role: str, dtype: torch.dtype, device: torch.devic
     return loaded.to(device)
 
 
-def load_student(config: StudentConfig, *, vocab_size: int | None = None, weights: Path | None = None) -> LanguageModel:
-    """The student, adapters attached. ``weights``: a checkpoint's folder to take the weights from instead."""
+def load_student(
+    config: StudentConfig, *, vocab_size: int | None = None, weights: Path | None = None, role: str = "student"
+) -> LanguageModel:
+    """The student, adapters attached. ``weights``: a checkpoint's folder to take the weights from instead. ``role``:
+    what errors call it."""
     device = pick_device(config.device)
     dtype = _student_dtype(config.dtype, device, lora=config.lora is not None)
     if config.lora is None:
-        model: Any = load_model(str(weights or config.model), role="student", dtype=dtype, device=device)
+        model: Any = load_model(str(weights or config.model), role=role, dtype=dtype, device=device)
     else:
-        base = load_model(config.model, role="student", dtype=dtype, device=device)
+        base = load_model(config.model, role=role, dtype=dtype, device=device)
         model = _with_adapters(base, config.lora, weights)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if config.lora is not None:
-            model.enable_input_require_grads()
+        _recompute_layers(model)
     return LanguageModel(model, vocab_size=vocab_size)
+
+
+def _recompute_layers(model: nn.Module) -> None:
+    """Gradient checkpointing layer by layer. transformers' own switch works in train mode only, which would also turn
+    dropout on."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(
+            "student.gradient_checkpointing",
+            got=f"true for {type(model).__name__}, which has no layers that transformers knows how to recompute",
+            expected="an architecture with gradient checkpointing",
+            remedy="set it to false",
+        )
+    for layer in layers:
+        layer.forward = partial(_recomputed, layer.forward)
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():  # sampling and scoring: nothing to save, and a cache must be written once
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def _student_dtype(dtype: Dtype, device: torch.device, *, lora: bool) -> torch.dtype:
@@ -162,7 +212,16 @@ def _with_adapters(base: nn.Module, config: LoraConfig, weights: Path | None) ->
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
-    return peft.get_peft_model(base, lora)  # pyright: ignore[reportArgumentType]
+    try:
+        return peft.get_peft_model(base, lora)  # pyright: ignore[reportArgumentType]
+    except ValueError as error:
+        layers = sorted({name.rpartition(".")[2] for name, part in base.named_modules() if isinstance(part, nn.Linear)})
+        raise ConfigError(
+            "student.lora.target_modules",
+            got=str(error).strip().splitlines()[0],
+            expected=f'"all-linear", or some of {", ".join(layers)}',
+            remedy="drop it, or name layers of this model",
+        ) from None
 
 
 def _peft() -> Any:

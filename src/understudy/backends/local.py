@@ -3,6 +3,7 @@ weights."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from understudy.backends.decoding import decode, rollout_uniforms
 from understudy.backends.loading import LanguageModel
 from understudy.batching import lay_out, plan_batches
 from understudy.config import OptimConfig, SamplingConfig
+from understudy.errors import RunError
 from understudy.lm_head import LMHead, head_logprobs
 from understudy.objectives import Objective
 from understudy.types import (
@@ -171,7 +173,12 @@ class LocalTrainer:
         for gradient in gradients:
             gradient.div_(num_tokens)
         limit = self._grad_clip or float("inf")
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, limit, error_if_nonfinite=True))
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, limit))
+        if not math.isfinite(norm):
+            self._optimizer.zero_grad(set_to_none=True)
+            raise RunError(
+                f"the gradient's norm is {norm}; expected a finite number. Lower optim.learning_rate and resume"
+            )
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()

@@ -143,7 +143,7 @@ def _charts(rows: Sequence[Row]) -> tuple[list[Markup], set[str]]:
         lines = [page.series(rows, key, name) for key, name in entries]
         charts.append(_chart(lines, title, unit, percent=entries[0][0] in PERCENT_KEYS))
         used |= {key for key, _ in entries}
-    phases = sorted({key for row in rows for key in row if key.startswith("time/")})
+    phases = sorted({key for row in rows for key in row if key.startswith("time/") and key != "time/evaluation"})
     lines = [page.series(rows, key, key.removeprefix("time/").replace("_", " ")) for key in phases]
     charts.append(_chart(lines, "Time per phase", "seconds per step"))
     return [chart for chart in charts if chart], used | set(phases)

@@ -1,9 +1,10 @@
-"""`understudy demo assistant`: an assistant learns company facts, forgets its manners, and gets them back from itself."""
+"""`understudy demo assistant`: an assistant learns company facts, loses its manners, gets them back from itself."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +15,61 @@ from understudy.worlds import assistant
 from understudy.worlds.jobs import Job, run_jobs, write_rows
 from understudy.worlds.models import build_qwen3, save_folder
 
-ASSISTANT_STEPS, MIDTRAIN_STEPS, RECOVERY_STEPS = 1000, 400, 60
 DOCUMENTS_PER_STEP, SAMPLES_PER_STEP = 24, 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Optimizer steps of the phases."""
+
+    assistant: int = 1500
+    midtrained: int = 400
+    recovery: int = 60
+
+    def steps(self, phase: str) -> int:
+        """Of one phase; 0 for the one that only samples."""
+        own = {"assistant": self.assistant, "midtrained": self.midtrained, "samples": 0}
+        return own.get(phase, self.recovery)
+
+
+FULL, SMOKE = Plan(), Plan(2, 2, 2)
 _CARD = "# Untrained assistant\n\nThree layers of width 64, random weights: where `understudy demo assistant` begins.\n"
 _TITLE = "New knowledge in, old behaviour back: the assistant world"
 _INTRO = (
-    "An assistant is trained from nothing to follow formatting instructions and to answer questions about old facts. "
-    "Mid-training on company documents teaches it new facts and costs it its manners. Its earlier self, as teacher, gives "
-    "them back on the instructions alone; no document is shown again. Beside it: fine-tuning on the earlier self's answers."
+    "An assistant is trained from nothing to follow formatting instructions and to answer questions about old "
+    "facts. Mid-training on company documents teaches it new facts and costs it its manners. Its earlier self, as"
+    " teacher, gives them back on the instructions alone; no document is shown again. Beside it: fine-tuning on "
+    "the earlier self's answers."
 )
 _LIMITS = (
-    "Limits: a model of 160 thousand weights and 240 invented facts. Fine-tuning on the earlier self's answers restores "
-    "the behaviour as well: this shows recovery by self-distillation, not an advantage over fine-tuning. Facts are asked "
-    "in a form that mid-training shows among others; a fact counts as known when the whole answer is right."
+    "Limits: a model of 160 thousand weights and 240 invented facts. Fine-tuning on the earlier self's answers "
+    "restores the behaviour too: this shows recovery by self-distillation, not an advantage over fine-tuning. "
+    "Facts are asked in a form that mid-training shows among others; a fact counts as known when the whole answer"
+    " is right."
 )
 
 
-def prepare(folder: Path, *, seed: int = 0) -> None:
+def prepare(folder: Path, plan: Plan = FULL, *, seed: int = 0) -> None:
     """The untrained model and every file the phases read."""
     tokenizer = assistant.tokenizer()
     model = build_qwen3(tokenizer, hidden_size=64, num_layers=3, num_heads=4, seed=seed)
     save_folder(model, tokenizer, folder / "models" / "untrained", _CARD)
-    write_rows(folder / "chats.jsonl", assistant.stage0_rows(ASSISTANT_STEPS, seed))
-    write_rows(folder / "documents.jsonl", assistant.document_rows(MIDTRAIN_STEPS * DOCUMENTS_PER_STEP, seed + 50))
-    count = RECOVERY_STEPS * SAMPLES_PER_STEP // 2
+    write_rows(folder / "chats.jsonl", assistant.stage0_rows(plan.assistant, seed))
+    write_rows(folder / "documents.jsonl", assistant.document_rows(plan.midtrained * DOCUMENTS_PER_STEP, seed + 50))
+    count = plan.recovery * SAMPLES_PER_STEP // 2
     write_rows(folder / "instructions.jsonl", assistant.instruction_rows(count, seed + 77))
     write_rows(folder / "test_instructions.jsonl", assistant.instruction_rows(400, 999))
     write_rows(folder / "test_new_facts.jsonl", assistant.question_rows("new"))
     write_rows(folder / "test_old_facts.jsonl", assistant.question_rows("old"))
 
 
-def configs(folder: Path, *, seed: int = 0) -> dict[str, tuple[str, RunConfig]]:
+def configs(folder: Path, plan: Plan = FULL, *, seed: int = 0) -> dict[str, tuple[str, RunConfig]]:
     """(command, configuration) of every phase, in order."""
     chat_rows = sum(1 for _ in (folder / "chats.jsonl").open(encoding="utf-8"))
-    last = {name: f"{name}/checkpoints/step_{steps:06d}" for name, steps in _STEPS.items()}
+    last = {name: f"{name}/checkpoints/step_{plan.steps(name):06d}" for name in ("assistant", "midtrained")}
     linear = {"schedule": "linear", "betas": [0.9, 0.98]}
     on_instructions = {"prompts": {"path": str(folder / "instructions.jsonl")}}
-    recovery = {"num_steps": RECOVERY_STEPS, "warmup_steps": 5, "betas": [0.9, 0.98]}
+    recovery = {"num_steps": plan.recovery, "warmup_steps": 5, "betas": [0.9, 0.98]}
     samples = {"group_size": 2, "groups_per_batch": SAMPLES_PER_STEP // 2, "max_completion_tokens": 16}
 
     def phase(name: str, student: str, **sections: Any) -> RunConfig:
@@ -77,11 +96,11 @@ def configs(folder: Path, *, seed: int = 0) -> dict[str, tuple[str, RunConfig]]:
                 "assistant",
                 "models/untrained",
                 prompts={"path": str(folder / "chats.jsonl")},
-                supervised={"batch_size": chat_rows // ASSISTANT_STEPS},
+                supervised={"batch_size": chat_rows // plan.assistant},
                 optim=linear
                 | {
                     "learning_rate": 3e-3,
-                    "num_steps": ASSISTANT_STEPS,
+                    "num_steps": plan.assistant,
                     "warmup_steps": 50,
                     "final_fraction": 0.02,
                     "weight_decay": 0.01,
@@ -95,7 +114,7 @@ def configs(folder: Path, *, seed: int = 0) -> dict[str, tuple[str, RunConfig]]:
                 last["assistant"],
                 prompts={"path": str(folder / "documents.jsonl")},
                 supervised={"batch_size": DOCUMENTS_PER_STEP},
-                optim=linear | {"learning_rate": 6e-4, "num_steps": MIDTRAIN_STEPS, "warmup_steps": 10},
+                optim=linear | {"learning_rate": 1e-3, "num_steps": plan.midtrained, "warmup_steps": 10},
             ),
         ),
         "distill": (
@@ -106,13 +125,13 @@ def configs(folder: Path, *, seed: int = 0) -> dict[str, tuple[str, RunConfig]]:
                 teacher=teacher,
                 sampling=samples,
                 optim=recovery | {"learning_rate": 3e-4},
-                rollouts={"every": RECOVERY_STEPS, "per_step": 64},
+                rollouts={"every": plan.recovery, "per_step": 64},
                 **on_instructions,
             ),
         ),
         "samples": (
             "generate",
-            phase("samples", last["midtrained"], teacher=teacher, sampling=samples, **on_instructions),
+            phase("samples", last["assistant"], teacher=teacher, sampling=samples, **on_instructions),
         ),
         "sft-control": (
             "sft",
@@ -127,13 +146,6 @@ def configs(folder: Path, *, seed: int = 0) -> dict[str, tuple[str, RunConfig]]:
     }
 
 
-_STEPS = {
-    "assistant": ASSISTANT_STEPS,
-    "midtrained": MIDTRAIN_STEPS,
-    "distill": RECOVERY_STEPS,
-    "samples": 0,
-    "sft-control": RECOVERY_STEPS,
-}
 _AFTER = {
     "assistant": (),
     "midtrained": ("assistant",),
@@ -141,23 +153,25 @@ _AFTER = {
     "samples": ("assistant",),
     "sft-control": ("midtrained", "samples"),
 }
-_SECONDS = {"assistant": 95.0, "midtrained": 30.0, "distill": 25.0, "samples": 10.0, "sft-control": 20.0}
+_SECONDS = {"assistant": 130.0, "midtrained": 25.0, "distill": 25.0, "samples": 10.0, "sft-control": 20.0}
 
 
-def write_jobs(folder: Path, *, seed: int = 0) -> list[Job]:
+def write_jobs(folder: Path, plan: Plan = FULL, *, seed: int = 0) -> list[Job]:
     """One TOML file per phase in ``folder``, and the jobs that run them."""
     jobs = []
-    for name, (command, config) in configs(folder, seed=seed).items():
+    for name, (command, config) in configs(folder, plan, seed=seed).items():
         path = folder / f"{name}.toml"
         path.write_text(config.to_toml(), encoding="utf-8")
-        jobs.append(Job(name, [command, str(path)], folder / name, _SECONDS[name], _STEPS[name], _AFTER[name]))
+        jobs.append(Job(name, [command, str(path)], folder / name, _SECONDS[name], plan.steps(name), _AFTER[name]))
     return jobs
 
 
-def run_demo(folder: Path, *, seed: int = 0, slots: int = 2) -> tuple[list[Job], Mapping[str, float]]:
+def run_demo(
+    folder: Path, plan: Plan = FULL, *, seed: int = 0, slots: int = 2
+) -> tuple[list[Job], Mapping[str, float]]:
     """Prepare and run every phase; jobs and their seconds."""
-    prepare(folder, seed=seed)
-    jobs = write_jobs(folder, seed=seed)
+    prepare(folder, plan, seed=seed)
+    jobs = write_jobs(folder, plan, seed=seed)
     return jobs, run_jobs(jobs, logs=folder / "logs", title="assistant demo", slots=slots)
 
 
@@ -196,9 +210,10 @@ def verdict(jobs: Sequence[Job]) -> str:
         return f"{last[name][f'eval/{task}/{mode}']:.1%}"
 
     return (
-        f"The assistant follows {share('assistant', 'instructions')} of the instructions. Mid-training on documents alone "
-        f"takes new facts from {share('assistant', 'new_facts')} to {share('midtrained', 'new_facts')} and instructions "
-        f"down to {share('midtrained', 'instructions')}. {RECOVERY_STEPS} steps of distillation from the earlier self "
+        f"The assistant follows {share('assistant', 'instructions')} of the instructions. Mid-training on documents "
+        f"alone takes new facts from {share('assistant', 'new_facts')} to {share('midtrained', 'new_facts')} and "
+        f"instructions down to {share('midtrained', 'instructions')}. "
+        f"{last['distill']['step']} steps of distillation from the earlier self "
         f"bring instructions to {share('distill', 'instructions')}, with new facts at {share('distill', 'new_facts')} "
         f"greedy ({share('distill', 'new_facts', 't1')} at temperature 1, from "
         f"{share('midtrained', 'new_facts', 't1')}) and old facts at {share('distill', 'old_facts')}. The control, "
@@ -218,7 +233,8 @@ def write_page(folder: Path, jobs: Sequence[Job]) -> tuple[list[dict[str, str]],
     ]
     rollouts = by_name["distill"].folder / "rollouts"
     after = {
-        (r["prompt_index"], r["sample_index"]): r for r in read_rollouts(rollouts / f"step_{RECOVERY_STEPS:06d}.jsonl")
+        (r["prompt_index"], r["sample_index"]): r
+        for r in read_rollouts(rollouts / f"step_{by_name['distill'].num_steps:06d}.jsonl")
     }
     pairs = [
         RolloutPair(

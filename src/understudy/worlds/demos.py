@@ -26,7 +26,7 @@ def run(name: DemoName, output: Path, *, seed: int = 0, smoke: bool = False) -> 
         jobs, _ = ledger_demo.run_demo(folder, seed=seed, smoke=smoke)
         table, verdict, page = ledger_page.write_page(folder, jobs)
     else:
-        jobs, _ = assistant_demo.run_demo(folder, seed=seed)
+        jobs, _ = assistant_demo.run_demo(folder, assistant_demo.SMOKE if smoke else assistant_demo.FULL, seed=seed)
         table, verdict, page = assistant_demo.write_page(folder, jobs)
     _show(table, verdict, page, jobs, time.monotonic() - start)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -18,17 +19,18 @@ from understudy.worlds.ledger_demo import ARMS, NUM_STEPS, arm_rows
 TARGET = 0.70  # accuracy at temperature 1 whose price is compared
 _TITLE = "Four ways to improve one student: the ledger world"
 _INTRO = (
-    "A running value goes through 18 items: operations (facts to be known) and statements (the true value, printed in the "
-    "prompt). The student has a habit: at a statement it repeats its own running value instead of reading the true one. "
-    "In a flawless solution the two agree, so the habit shows only after the student's own mistakes. The teacher makes "
-    "almost no mistakes and repairs a wrong value at the next statement."
+    "A running value goes through 18 items: operations (facts to be known) and statements (the true value, "
+    "printed in the prompt). The student has a habit: at a statement it repeats its own running value instead of "
+    "reading the true one. In a flawless solution the two agree, so the habit shows only after the student's own "
+    "mistakes. The teacher makes almost no mistakes and repairs a wrong value at the next statement."
 )
 _LIMITS = (
-    "Limits: the world was built so that a flawless teacher's solutions say next to nothing about repairing one's own "
-    "errors. It shows that training on the student's own states can decide, by the mechanism it is meant to have, not how "
-    "often it decides elsewhere; with a teacher that slips and repairs, or without any repairs in the student's repertoire, "
-    "the gap shrinks or vanishes. One student, one seed; learning rates were searched equally for each method on other "
-    "problems; RL pays no teacher and is cheaper per step; more steps of fine-tuning go on improving it."
+    "Limits: the world was built so that a flawless teacher's solutions say next to nothing about repairing one's"
+    " own errors. It shows that training on the student's own states can decide, by the mechanism it is meant to "
+    "have, not how often it decides elsewhere; with a teacher that slips and repairs, or a student that never "
+    "repairs, the gap shrinks or vanishes. One student, one seed; learning rates were searched equally for each "
+    "method on other problems; RL pays no teacher and is cheaper per step; more steps of fine-tuning go on "
+    "improving it."
 )
 
 
@@ -123,8 +125,8 @@ def verdict(found: Sequence[Outcome], start: Mapping[str, float], penalties: Map
     if penalties:
         sentences.append(
             "In the student's own first solutions the reverse KL averages "
-            f"{penalties['false']:.1f} nats on values that are false in themselves, {penalties['inherited']:.2f} on values "
-            f"that only inherit an earlier error and {penalties['right']:.2f} on right ones."
+            f"{penalties['false']:.1f} nats on values that are false in themselves, {penalties['inherited']:.2f} on "
+            f"values that only inherit an earlier error and {penalties['right']:.2f} on right ones."
         )
     return " ".join(sentences) + "\n\n" + _LIMITS
 
@@ -132,7 +134,7 @@ def verdict(found: Sequence[Outcome], start: Mapping[str, float], penalties: Map
 def _ranking(found: Sequence[Outcome]) -> str:
     ordered = sorted(found, key=lambda outcome: -outcome.t1[0])
     parts = [f"{ordered[0].name} {ordered[0].t1[0]:.1%}"]
-    for better, outcome in zip(ordered, ordered[1:], strict=False):
+    for better, outcome in itertools.pairwise(ordered):
         clear = better.t1[0] - outcome.t1[0] > 2 * math.hypot(better.t1[1], outcome.t1[1])
         parts.append(f"{', ahead of' if clear else ', within noise of'} {outcome.name} {outcome.t1[0]:.1%}")
     return "".join(parts)

@@ -1,0 +1,101 @@
+"""The configuration tree: reading, overriding, writing back, and the nearest valid name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from understudy import ConfigError, RunConfig
+from understudy.config import field_rows
+from user import write_toml
+
+SMALL: dict[str, Any] = {"output_dir": "run", "student": {"model": "m"}}
+
+
+def read(path: Path, overrides: dict[str, object] | None = None, **tree: Any) -> RunConfig:
+    return RunConfig.from_toml(write_toml(path / "run.toml", SMALL | tree), overrides or {})
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    config = read(
+        tmp_path,
+        teachers={"maths.v1": {"model": "t"}},
+        prompts={"path": "p", "columns": {"prompt": "a b"}, "chat_template_kwargs": {"enable_thinking": False}},
+        evaluation={"tasks": [{"path": "x", "temperatures": [0.0, 0.6]}]},
+        sampling={"stop_token_ids": [1, 2]},
+    )
+    (tmp_path / "again.toml").write_text(config.to_toml("line one\nline two"))
+    assert RunConfig.from_toml(tmp_path / "again.toml") == config
+    assert (tmp_path / "again.toml").read_text().startswith("# line one\n# line two\n")
+
+
+def test_overrides_are_read_as_toml(tmp_path: Path) -> None:
+    overrides: dict[str, object] = {
+        "optim.learning_rate": "1e-4",
+        "student.model": "Qwen/Qwen3-8B-Base",
+        "student.gradient-checkpointing": "true",
+        "evaluation.tasks": '[{path = "x", name = "y"}]',
+        "sampling.stop_token_ids": "[3]",
+        "teachers.my-teacher.device": "cpu",
+        "seed": 7,
+    }
+    config = read(tmp_path, overrides, teachers={"my-teacher": {"model": "t"}})
+    assert config.optim.learning_rate == 1e-4
+    assert config.student.model == "Qwen/Qwen3-8B-Base"
+    assert config.student.gradient_checkpointing is True
+    assert [task.name for task in config.evaluation.tasks] == ["y"]
+    assert config.sampling.stop_token_ids == (3,)
+    assert {name: teacher.device for name, teacher in config.teachers.items()} == {"my-teacher": "cpu"}
+    assert config.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("optim.learnig_rate", "did you mean optim.learning_rate?"),
+        ("sampling.max_tokens", "did you mean sampling.max_completion_tokens?"),
+        ("batch_size", "did you mean supervised.batch_size?"),
+        ("outputdir", "did you mean output_dir?"),
+        ("students.model", "did you mean student or"),
+        ("student.lorra.rank", "did you mean student.lora?"),
+        ("teachers.maths.modle", "did you mean teachers.<name>.model?"),
+        ("teacher.checkpoint", "[teacher] has model, dtype, device"),
+        ("zzz", "`understudy keys` lists every key"),
+    ],
+)
+def test_unknown_keys_get_the_nearest_name(wrong: str, meant: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        read(tmp_path, {wrong: "1"})
+    assert "unknown key" in error.value.got
+    assert meant.removesuffix(" or") in error.value.remedy
+
+
+@given(st.sampled_from([row[0] for row in field_rows() if "[" not in row[0] and "<" not in row[0]]), st.data())
+def test_a_dropped_letter_is_always_found(key: str, data: st.DataObject) -> None:
+    """For every key: leave out one letter of a name of six or more, and the message suggests the whole."""
+    leaf = key.rpartition(".")[2]
+    place = data.draw(st.integers(0, len(leaf) - 1))
+    wrong = key[: len(key) - len(leaf)] + leaf[:place] + leaf[place + 1 :]
+    if len(leaf) < 6 or wrong in {row[0] for row in field_rows()}:
+        return
+    tree: dict[str, Any] = {"output_dir": "run", "student": {"model": "m"}}
+    node = tree
+    *parents, last = wrong.split(".")
+    for parent in parents:
+        node = node.setdefault(parent, {})
+    node[last] = 1
+    from understudy.config import _explain
+
+    with pytest.raises(ValueError, match="extra") as raised:
+        RunConfig.model_validate(tree)
+    assert key in _explain(raised.value, "run.toml").remedy  # type: ignore[arg-type]
+
+
+def test_rewards_count_by_default_only_without_a_teacher(tmp_path: Path) -> None:
+    assert read(tmp_path).reward_coef == 1.0
+    assert read(tmp_path, teacher={"model": "t"}).reward_coef == 0.0
+    assert read(tmp_path, teacher={"model": "t"}, objective={"reward_coef": 0.5}).reward_coef == 0.5

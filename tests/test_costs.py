@@ -1,0 +1,80 @@
+"""FLOPs, tokens and seconds, with numbers worked out by hand."""
+
+import json
+
+import pytest
+import torch
+
+from tiny import prompt_of, sampler_of, teacher_of, tiny_model, trainer_of
+from understudy.batching import micro_batches
+from understudy.config import SamplingConfig
+from understudy.costs import (
+    CostLedger,
+    MeteredSampler,
+    MeteredTeacher,
+    MeteredTrainer,
+    forward_flops,
+    training_flops,
+)
+from understudy.objectives import CrossEntropy
+from understudy.types import TokenSequence, TrainingExample
+
+
+def test_flops_per_token() -> None:
+    assert forward_flops(1000, 7) == 14_000  # 2N
+    assert training_flops(1000, 1000, 7) == 42_000  # 6N
+    assert training_flops(1000, 50, 7) == 7 * (4000 + 100)  # 4N + 2r under adapters
+    assert training_flops(7_000_000_000, 7_000_000_000, 10**12) == 4.2e22
+
+
+def test_the_ledger_adds_up() -> None:
+    costs = CostLedger()
+    costs.add("student_sampling", tokens=10, flops=100.0, seconds=1.0)
+    costs.add("student_sampling", tokens=5, flops=50.0, seconds=0.5)
+    costs.add("teacher_scoring", tokens=15, flops=900.0, seconds=0.25)
+    costs.add("evaluation", tokens=1000, flops=1e6, seconds=60.0)
+    assert costs.roles["student_sampling"] == {"tokens": 15, "flops": 150.0, "seconds": 1.5}
+    assert [costs.total(name) for name in ("tokens", "flops", "seconds")] == [30, 1050.0, 1.75]  # without evaluation
+    assert costs.take_seconds() == {"student_sampling": 1.5, "teacher_scoring": 0.25, "evaluation": 60.0}
+    assert costs.take_seconds() == {}
+    content = json.loads(json.dumps(costs.to_json()))
+    assert content["total_without_evaluation"] == {"tokens": 30, "flops": 1050.0, "seconds": 1.75}
+    resumed = CostLedger.from_json(content)
+    resumed.add("student_sampling", tokens=1, flops=2.0, seconds=0.5)
+    assert resumed.roles["student_sampling"] == {"tokens": 16, "flops": 152.0, "seconds": 2.0}
+    assert costs.roles["student_sampling"]["tokens"] == 15  # a copy
+
+
+def test_roles_are_metered_and_pass_everything_through() -> None:
+    model, costs = tiny_model(seed=5), CostLedger()
+    prompts = [prompt_of([1, 2, 3], 0), prompt_of([4], 1)]
+    sampling = SamplingConfig(group_size=3, max_completion_tokens=4)
+    plain = sampler_of(model)
+    sampler = MeteredSampler(plain, costs, "student_sampling", 100)
+    sampler.set_policy_version(3)
+    groups = sampler.sample(prompts, sampling, seed=0)
+    assert groups == plain.sample(prompts, sampling, seed=0)
+    assert groups[0][0].policy_version_start == 3
+    written = sum(len(r.completion_ids) for group in groups for r in group)
+    tokens = written + 3 * 3 + 3 * 1  # the prompt is paid once per completion
+    assert costs.roles["student_sampling"]["tokens"] == tokens
+    assert costs.roles["student_sampling"]["flops"] == 200 * tokens
+
+    sequences = [TokenSequence([1, 2], [3, 0]), TokenSequence([4], [5])]
+    teacher = MeteredTeacher(teacher_of(model), costs, 1000)
+    assert teacher.compute_logprobs(sequences) == teacher_of(model).compute_logprobs(sequences)
+    assert costs.roles["teacher_scoring"]["tokens"] == 6
+    assert costs.roles["teacher_scoring"]["flops"] == 6 * 2000
+    assert teacher.kinds == {"sampled", "topk", "hidden"}
+
+    trainer = MeteredTrainer(trainer_of(model), costs, (100, 30))
+    examples = [TrainingExample(s.prompt_ids, s.completion_ids, [True] * len(s.completion_ids)) for s in sequences]
+    [batch] = micro_batches(examples, micro_batch_tokens=99)
+    assert batch.input_ids.numel() == 8  # padding is not a token
+    assert torch.isfinite(trainer.forward_backward(batch, CrossEntropy()).loss)
+    assert trainer.optimizer_step(learning_rate=1e-3, num_tokens=3)["grad_norm"] > 0
+    trainer.compute_logprobs(sequences)  # for pages: free
+    assert costs.roles["student_training"]["tokens"] == 6
+    assert costs.roles["student_training"]["flops"] == 6 * (400 + 60)
+    assert all(entry["seconds"] > 0 for entry in costs.roles.values())
+    assert costs.total("flops") == pytest.approx(200 * tokens + 12_000 + 2760)

@@ -1,0 +1,232 @@
+"""The local backend's roles. Their gradients and scores are judged in tests/parity."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny import EOS, gradient_of, prompt_of, sampler_of, teacher_of, tiny_model, trainer_of
+from understudy.backends.loading import LanguageModel, load_model, load_student
+from understudy.backends.local import LocalTrainer
+from understudy.batching import micro_batches
+from understudy.config import LoraConfig, OptimConfig, SamplingConfig, StudentConfig
+from understudy.errors import ConfigError, RunError
+from understudy.objectives import CrossEntropy
+from understudy.types import Rollout, TokenSequence, TrainingExample
+
+PROMPTS = [prompt_of(ids, i) for i, ids in enumerate([[1, 2, 3], [4], [5, 4, 3, 2, 1, 5, 3], [2, 2]])]
+SAMPLING = SamplingConfig(group_size=4, max_completion_tokens=6)
+
+
+def written(groups: list[list[Rollout]]) -> list[list[list[int]]]:
+    return [[list(r.completion_ids) for r in group] for group in groups]
+
+
+def test_groups_belong_to_their_prompts_in_order() -> None:
+    groups = sampler_of(tiny_model(seed=5)).sample(PROMPTS, SAMPLING, seed=1)
+    assert [[r.prompt for r in group] for group in groups] == [[prompt] * 4 for prompt in PROMPTS]
+    assert len({tuple(ids) for ids in written(groups)[1]}) > 1  # a group is not one answer four times
+
+
+def test_a_rollout_does_not_depend_on_its_neighbours() -> None:
+    sampler = sampler_of(tiny_model(seed=5))
+    together = sampler.sample(PROMPTS, SAMPLING, seed=1)
+    for prompt, group in zip(PROMPTS, together, strict=True):
+        [lone] = sampler.sample([prompt], SAMPLING, seed=1)
+        [first] = sampler.sample([prompt], SAMPLING.model_copy(update={"group_size": 1}), seed=1)
+        assert written([lone]) == written([group])
+        assert written([first]) == written([group[:1]])
+        for one, other in zip(lone, group, strict=True):
+            assert one.sampler_logprobs == pytest.approx(other.sampler_logprobs, abs=1e-12)
+    assert written(sampler.sample(PROMPTS[::-1], SAMPLING, seed=1)) == written(together)[::-1]
+    assert written(sampler.sample(PROMPTS, SAMPLING, seed=2)) != written(together)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_rows_decoded_at_once_change_nothing(rows: int) -> None:
+    sampler = sampler_of(tiny_model(seed=5))
+    limited = sampler.sample(PROMPTS, SAMPLING.model_copy(update={"max_batch_rows": rows}), seed=1)
+    for group, expected in zip(limited, sampler.sample(PROMPTS, SAMPLING, seed=1), strict=True):
+        assert written([group]) == written([expected])
+        for one, other in zip(group, expected, strict=True):
+            assert one.sampler_logprobs == pytest.approx(other.sampler_logprobs, abs=1e-12)
+
+
+def test_a_prompt_asked_twice_gets_further_samples() -> None:
+    sampler = sampler_of(tiny_model(seed=5))
+    first, second = sampler.sample([PROMPTS[0], PROMPTS[0]], SAMPLING, seed=1)
+    [eight] = sampler.sample([PROMPTS[0]], SAMPLING.model_copy(update={"group_size": 8}), seed=1)
+    assert written([first + second]) == written([eight])
+    assert written([first]) != written([second])
+
+
+def test_finish_reasons_and_versions() -> None:
+    sampler = sampler_of(tiny_model(seed=5))
+    sampler.set_policy_version(7)
+    rollouts = [r for group in sampler.sample(PROMPTS, SAMPLING, seed=1) for r in group]
+    for r in rollouts:
+        assert EOS not in r.completion_ids[:-1]
+        assert r.finish_reason == ("stop" if r.completion_ids[-1] == EOS else "length")
+        assert r.finish_reason == "stop" or len(r.completion_ids) == 6
+        assert (r.policy_version_start, r.policy_version_end) == (7, 7)
+    assert {r.finish_reason for r in rollouts} == {"stop", "length"}
+
+
+def test_without_stop_ids_everything_is_cut() -> None:
+    [group] = sampler_of(tiny_model(seed=5), stop_ids=frozenset()).sample(PROMPTS[:1], SAMPLING, seed=1)
+    assert [(len(r.completion_ids), r.finish_reason) for r in group] == [(6, "length")] * 4
+
+
+def test_sampler_and_trainer_share_their_weights() -> None:
+    """Nothing is copied: an update shows in the next rollout's log-probabilities."""
+    model = LanguageModel(tiny_model(seed=5))
+    sampler, trainer = sampler_of(model.model), trainer_of(model.model)
+    [batch] = micro_batches([TrainingExample([1, 2], [3, EOS], [True, True])], micro_batch_tokens=99)
+    trainer.forward_backward(batch, CrossEntropy())
+    trainer.optimizer_step(learning_rate=0.05, num_tokens=2)
+    for r in (r for group in sampler.sample(PROMPTS, SAMPLING, seed=1) for r in group):
+        [logprobs] = trainer.compute_logprobs([TokenSequence(r.prompt.prompt_ids, r.completion_ids)])
+        assert r.sampler_logprobs == pytest.approx(logprobs, abs=1e-11)
+
+
+def examples() -> list[TrainingExample]:
+    return [TrainingExample([1, 2], [3, EOS], [True, True]), TrainingExample([4], [5, 5, 1], [True, False, True])]
+
+
+def test_the_trainer_adds_gradients_up_and_divides_once() -> None:
+    """Against torch.optim.AdamW on gradients put together by hand."""
+    model, other = tiny_model(seed=5), tiny_model(seed=5)
+    trainer = trainer_of(model, grad_clip=0.1, weight_decay=0.3, betas=(0.8, 0.9), eps=1e-6)
+    for batch in micro_batches(examples(), micro_batch_tokens=1):
+        trainer.forward_backward(batch, CrossEntropy())
+    norm = trainer.optimizer_step(learning_rate=1e-2, num_tokens=4)["grad_norm"]
+    assert all(p.grad is None for p in model.parameters())
+    terms = []
+    for prompt, completion, kept in (([1, 2], [3, EOS], [0, 1]), ([4], [5, 5, 1], [0, 2])):
+        table = other(input_ids=torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
+        terms += [-table[len(prompt) - 1 + t, completion[t]] / 4 for t in kept]
+    torch.stack(terms).sum().backward()
+    expected = torch.nn.utils.clip_grad_norm_(other.parameters(), 0.1)
+    torch.optim.AdamW(other.parameters(), 1e-2, (0.8, 0.9), 1e-6, 0.3).step()
+    assert norm == pytest.approx(float(expected), rel=1e-12)
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_spares_the_weights() -> None:
+    model = tiny_model(seed=5)
+    before = [p.clone() for p in model.parameters()]
+    trainer = trainer_of(model)
+    next(iter(model.parameters())).grad = torch.full_like(next(iter(model.parameters())), float("inf"))
+    with pytest.raises(RunError, match="gradient's norm is"):
+        trainer.optimizer_step(learning_rate=1e-2, num_tokens=1)
+    assert all(map(torch.equal, before, model.parameters()))
+    assert torch.count_nonzero(gradient_of(trainer)) == 0
+
+
+def test_saved_state_continues_exactly(tmp_path: Path) -> None:
+    """Two steps in one go = one step, save, load, one step."""
+
+    def step(trainer) -> None:
+        for batch in micro_batches(examples(), micro_batch_tokens=99):
+            trainer.forward_backward(batch, CrossEntropy())
+        trainer.optimizer_step(learning_rate=1e-2, num_tokens=4)
+
+    whole = trainer_of(tiny_model(seed=5, dtype=torch.float32))
+    step(whole)
+    whole.save_pretrained(tmp_path)
+    torch.save(whole.state_dict(), tmp_path / "state.pt")
+    step(whole)
+    loaded = load_model(str(tmp_path), role="student", dtype=torch.float32, device=torch.device("cpu"))
+    resumed = trainer_of(loaded)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt"))
+    step(resumed)
+    for mine, theirs in zip(loaded.parameters(), whole.model.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_dropout_is_off_in_every_role() -> None:
+    model = tiny_model("llama", seed=5)
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.9
+    model.train()
+    trainer, teacher = trainer_of(model), teacher_of(model)
+    sequence = [TokenSequence([1, 2, 3], [4, 5, EOS])]
+    assert not any(module.training for module in model.modules())
+    assert trainer.compute_logprobs(sequence) == teacher.compute_logprobs(sequence)
+    gradients = []
+    for _ in range(2):
+        [batch] = micro_batches([TrainingExample([1, 2, 3], [4, 5, EOS], [True] * 3)], micro_batch_tokens=99)
+        trainer.forward_backward(batch, CrossEntropy())
+        gradients.append(gradient_of(trainer))
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks transformers the old way
+@pytest.mark.parametrize("recompute", [False, True], ids=["plain", "gradient checkpointing"])
+def test_adapters_train_alone(tmp_path: Path, recompute: bool) -> None:
+    """LoRA: at the start every score is the base's; a step moves the adapters and nothing else."""
+    tiny_model("llama", seed=5, dtype=torch.float32).save_pretrained(tmp_path)
+    config = StudentConfig(
+        model=str(tmp_path), device="cpu", dtype="float64", lora=LoraConfig(rank=2), gradient_checkpointing=recompute
+    )
+    model = load_student(config)
+    trainer = LocalTrainer(model, OptimConfig())
+    plain = teacher_of(load_model(str(tmp_path), role="teacher", dtype=torch.float64, device=torch.device("cpu")))
+    sequences = [TokenSequence(e.prompt_ids, e.completion_ids) for e in examples()]
+    base = plain.compute_logprobs(sequences)
+    assert trainer.compute_logprobs(sequences) == [pytest.approx(row, abs=1e-6) for row in base]
+    before = {name: p.detach().clone() for name, p in model.model.named_parameters()}
+    trained = {name for name, p in model.model.named_parameters() if p.requires_grad}
+    assert trained == {name for name in before if "lora_" in name}
+    assert len(trained) == 2 * 2 * 7  # A and B of seven matrices in two layers
+    for _ in range(2):  # B starts at zero, so A moves from the second step on
+        for batch in micro_batches(examples(), micro_batch_tokens=99):
+            trainer.forward_backward(batch, CrossEntropy())
+        trainer.optimizer_step(learning_rate=1e-2, num_tokens=4)
+    for name, parameter in model.model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (name not in trained), name
+    sizes = [p.numel() for name, p in model.model.named_parameters() if name in trained]
+    assert model.matmul_parameters()[1] == sum(sizes)
+    likelier = zip(examples(), trainer.compute_logprobs(sequences), base, strict=True)
+    gains = [(new, old) for e, *rows in likelier for keep, new, old in zip(e.loss_mask, *rows, strict=True) if keep]
+    assert sum(new for new, _ in gains) > sum(old for _, old in gains) + 0.05
+
+
+@pytest.mark.parametrize("kind", ["granite", "cohere", "gemma2"])
+def test_heads_know_scales_and_softcaps(kind: str) -> None:
+    model = tiny_model(kind, seed=5)
+    wrapped = LanguageModel(model)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    ours = wrapped.head.logits(wrapped.hidden(ids).last_hidden_state[0])
+    torch.testing.assert_close(ours, model(input_ids=ids).logits[0], rtol=0, atol=1e-12)
+    head = wrapped.head
+    assert (head.scale, head.softcap) == {"granite": (2.0, None), "cohere": (0.25, None), "gemma2": (1.0, 3.0)}[kind]
+
+
+def test_an_unknown_head_is_refused() -> None:
+    model = tiny_model("granite", seed=5)
+    forward = model.forward
+
+    def shifted(**inputs):
+        output = forward(**inputs)
+        output.logits = output.logits + torch.arange(output.logits.shape[-1])
+        return output
+
+    model.forward = shifted
+    with pytest.raises(ConfigError, match="differ by 5"):
+        LanguageModel(model)
+
+
+def test_matmul_parameters_by_hand() -> None:
+    """Per layer of the tiny Llama: q 16*16, k and v 16*8, o 16*16, three of 16*24; the head 6*16; look-ups are free."""
+    model = tiny_model("llama", seed=5)
+    per_layer = 16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 24
+    assert LanguageModel(model).matmul_parameters() == (2 * per_layer + 96, 2 * per_layer + 96)
+    tied = tiny_model("gemma3_text", seed=5)
+    everything, trainable = LanguageModel(tied).matmul_parameters()
+    assert everything == sum(p.numel() for p in tied.parameters() if p.dim() > 1)  # the one matrix is used as head too
+    assert trainable == everything
+    model.requires_grad_(False)
+    assert LanguageModel(model).matmul_parameters() == (2 * per_layer + 96, 0)

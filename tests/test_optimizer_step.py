@@ -1,0 +1,96 @@
+"""Sums over micro-batches, one division, and the learning rate's schedule."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from understudy.config import OptimConfig
+from understudy.errors import RunError
+from understudy.objectives import CrossEntropy, Objective
+from understudy.optimizer_step import learning_rate_at, optimizer_step
+from understudy.types import Batch, LossOutput
+
+
+class Told:
+    """A trainer that reports what it was told to and remembers what was asked."""
+
+    def __init__(self, *outputs: tuple[float, Mapping[str, float]]) -> None:
+        self.outputs = list(outputs)
+        self.steps: list[tuple[float, int]] = []
+
+    def forward_backward(self, batch: Batch, objective: Objective) -> LossOutput:
+        loss, metrics = self.outputs.pop(0)
+        return LossOutput(torch.tensor(loss, dtype=torch.float64), metrics)
+
+    def optimizer_step(self, *, learning_rate: float, num_tokens: int) -> dict[str, float]:
+        self.steps.append((learning_rate, num_tokens))
+        return {"grad_norm": 0.25}
+
+
+def batch(trained: int, masked: int = 0) -> Batch:
+    ids = torch.zeros(trained + masked, dtype=torch.long)
+    mask = torch.tensor([True] * trained + [False] * masked)
+    return Batch(ids[None], None, ids, ids, mask, None, None, None, "default", sequence_tokens=9)
+
+
+def step(trainer: Any, *batches: Batch) -> Mapping[str, float]:
+    return optimizer_step(trainer, batches, CrossEntropy(), learning_rate=0.1)
+
+
+def test_token_means_over_the_window_not_means_of_means() -> None:
+    trainer = Told((6.0, {"kl": 1.0, "ratio_max": 2.0}), (2.0, {"kl": 3.0, "ratio_max": 1.5}))
+    result = step(trainer, batch(3, masked=2), batch(1))
+    assert result == {"loss": 2.0, "kl": 1.0, "ratio_max": 2.0, "grad_norm": 0.25, "tokens": 4}
+    assert trainer.steps == [(0.1, 4)]
+
+
+def test_maxima_may_be_negative() -> None:
+    assert step(Told((1.0, {"x_max": -3.0}), (1.0, {"x_max": -2.0})), batch(1), batch(1))["x_max"] == -2.0
+
+
+def test_nothing_to_train_is_an_error() -> None:
+    trainer = Told((1.0, {}))
+    with pytest.raises(RunError, match="every loss_mask is empty"):
+        step(trainer, batch(0, masked=3))
+    assert trainer.steps == []
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_an_error_and_moves_nothing(loss: float) -> None:
+    trainer = Told((1.0, {}), (loss, {}))
+    with pytest.raises(RunError, match="the loss is"):
+        step(trainer, batch(1), batch(1))
+    assert trainer.steps == []
+
+
+def rates(steps: range, **options: Any) -> list[float]:
+    optim = OptimConfig(learning_rate=0.8, num_steps=8, **options)
+    return [learning_rate_at(optim, step) for step in steps]
+
+
+def test_constant_rate_after_linear_warm_up() -> None:
+    assert rates(range(3)) == [0.8] * 3
+    assert rates(range(6), warmup_steps=4) == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+
+
+def test_linear_rate() -> None:
+    assert rates(range(9), schedule="linear") == pytest.approx([0.8 - 0.1 * i for i in range(8)] + [0.0])
+    # from 0.8 to 0.2 over the 4 steps after warm-up, and no further
+    with_floor = rates(range(10), schedule="linear", warmup_steps=4, final_fraction=0.25)
+    assert with_floor == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.65, 0.5, 0.35, 0.2, 0.2])
+
+
+def test_cosine_rate() -> None:
+    half = math.sqrt(0.5)
+    expected = [0.8, 0.4 * (1 + half), 0.4, 0.4 * (1 - half), 0.0]
+    assert rates(range(0, 9, 2), schedule="cosine") == pytest.approx(expected)
+    floor = [0.4 + value / 2 for value in expected]
+    assert rates(range(0, 9, 2), schedule="cosine", final_fraction=0.5) == pytest.approx(floor)
+    assert rates(range(2), schedule="cosine", warmup_steps=2) == pytest.approx([0.4, 0.8])
+
+
+def test_warm_up_may_outlast_the_run() -> None:
+    assert rates(range(8), schedule="cosine", warmup_steps=16)[-1] == pytest.approx(0.4)

@@ -1,0 +1,53 @@
+"""Asking a sampler, and refusing what could not be trained on."""
+
+import pytest
+
+from tiny import prompt_of, rollout_of
+from understudy.config import SamplingConfig
+from understudy.errors import RunError
+from understudy.rollouts import sample_rollouts, step_seed
+from understudy.types import Prompt, Rollout
+
+
+def test_seeds_differ_by_run_and_step_and_repeat() -> None:
+    seeds = [step_seed(seed, step) for seed in range(5) for step in range(20)]
+    assert len(set(seeds)) == 100
+    assert seeds[7] == step_seed(0, 7)
+    assert all(0 <= seed < 2**64 for seed in seeds)
+
+
+class Answers:
+    """A sampler that gives what it was told to."""
+
+    def __init__(self, groups: list[list[Rollout]]) -> None:
+        self.groups = groups
+
+    def set_policy_version(self, version: int) -> None: ...
+
+    def sample(self, prompts: list[Prompt], sampling: SamplingConfig, *, seed: int) -> list[list[Rollout]]:
+        return self.groups
+
+
+def ask(groups: list[list[Rollout]], *prompts: Prompt) -> list[list[Rollout]]:
+    return sample_rollouts(Answers(groups), prompts, SamplingConfig(), seed=0)  # pyright: ignore[reportArgumentType]
+
+
+def test_good_rollouts_pass_unchanged() -> None:
+    groups = [[rollout_of(prompt_of([1]), [2, 0], [-1.0, -0.5])]]
+    assert ask(groups, prompt_of([1])) is groups
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), float("inf")])
+def test_a_logprob_that_is_not_finite_stops_the_run(value: float) -> None:
+    with pytest.raises(RunError, match=r"prompt 5; expected at least one token and finite"):
+        ask([[rollout_of(prompt_of([1], 5), [2, 0], [-1.0, value])]], prompt_of([1], 5))
+
+
+def test_an_empty_completion_stops_the_run() -> None:
+    with pytest.raises(RunError, match="returned 0 tokens"):
+        ask([[Rollout(prompt_of([1], 5), [], [], "stop", 0, 0)]], prompt_of([1], 5))
+
+
+def test_a_missing_group_is_an_error() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        ask([[rollout_of(prompt_of([1]), [2, 0], [-1.0, -0.5])]], prompt_of([1]), prompt_of([2], 1))

@@ -1,0 +1,67 @@
+"""Reading rows: what counts as one, and where an error points."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from understudy import ConfigError
+from understudy.config import RowsConfig
+from understudy.rows import read_rows
+
+
+def read(path: Path, text: str, **options: Any) -> list[Any]:
+    path.write_text(text, encoding="utf-8")
+    return read_rows(RowsConfig(path=str(path), **options))
+
+
+def test_blank_lines_are_no_rows_but_count_as_lines(tmp_path: Path) -> None:
+    rows = read(tmp_path / "r.jsonl", '\n{"prompt": "é"}\n   \n{"prompt": "b"}\r\n')
+    assert [(row.index, row.where.rpartition("/")[2], row.values["prompt"]) for row in rows] == [
+        (0, "r.jsonl:2", "é"),
+        (1, "r.jsonl:4", "b"),
+    ]
+
+
+def test_a_last_line_needs_no_newline_and_text_may_hold_separators(tmp_path: Path) -> None:
+    [row] = read(tmp_path / "r.jsonl", '{"prompt": "a\u2028b"}')
+    assert row.values == {"prompt": "a\u2028b"}
+
+
+def test_columns_are_renamed_and_swapped(tmp_path: Path) -> None:
+    [row] = read(tmp_path / "r", '{"a": 1, "b": 2, "c": 3}', columns={"a": "b", "b": "a"})
+    assert row.values == {"a": 2, "b": 1, "c": 3}
+
+
+def test_limit_stops_reading(tmp_path: Path) -> None:
+    """Lines after the limit are not even looked at."""
+    assert len(read(tmp_path / "r.jsonl", '{"p": 1}\n{"p": 2}\nbroken', limit=2)) == 2
+
+
+def test_parquet_without_datasets_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for path in (tmp_path / "r.parquet", Path("somebody/some-data")):
+        with pytest.raises(ConfigError, match=r"understudy\[data\]"):
+            read_rows(RowsConfig(path=str(path)))
+
+
+@pytest.mark.parametrize("value", ["", "  ", 3, ["a"], {"a": 1}])
+def test_a_text_is_a_non_empty_string(value: Any, tmp_path: Path) -> None:
+    import json
+
+    [row] = read(tmp_path / "r.jsonl", json.dumps({"prompt": value}))
+    with pytest.raises(ConfigError, match=r"r.jsonl:1"):
+        row.text("prompt")
+    assert row.text("other") is None
+
+
+@pytest.mark.parametrize("value", [[], "hi", [{"role": "user"}], [{"role": 1, "content": "a"}], [["user", "a"]]])
+def test_messages_have_roles_and_contents(value: Any, tmp_path: Path) -> None:
+    import json
+
+    [row] = read(tmp_path / "r.jsonl", json.dumps({"messages": value}))
+    with pytest.raises(ConfigError, match=r"r.jsonl:1"):
+        row.messages()

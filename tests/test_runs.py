@@ -1,0 +1,76 @@
+"""The run's folder: who may write, and that nothing is left where nothing was done."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from understudy import ConfigError, RunConfig
+from understudy.runs import RunFolder, StopRequest, flat
+
+
+def config(path: Path, **values: object) -> RunConfig:
+    return RunConfig.model_validate({"output_dir": str(path), "student": {"model": "m"}, **values})
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    with RunFolder(config(tmp_path / "run"), method="sft"):
+        with pytest.raises(ConfigError, match="another process is writing there"):
+            RunFolder(config(tmp_path / "run"), method="sft")
+        assert (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_block_that_wrote_keeps_its_folder(tmp_path: Path) -> None:
+    with RunFolder(config(tmp_path / "run"), method="sft") as folder:
+        folder.write_config(folder.config)
+    assert RunConfig.from_toml(tmp_path / "run" / "config.toml") == config(tmp_path / "run")
+    assert "understudy sft" in (tmp_path / "run" / "config.toml").read_text().splitlines()[0]
+    for method, remedy in (("sft", "--resume"), ("generate", "another output_dir")):
+        with pytest.raises(ConfigError) as error:
+            RunFolder(config(tmp_path / "run"), method=method)
+        assert remedy in error.value.remedy
+    assert "--resume" not in error.value.remedy  # `generate` has no such option
+
+
+def test_resume_of_nothing_is_a_start(tmp_path: Path) -> None:
+    """A job script may always say --resume."""
+    with RunFolder(config(tmp_path / "run"), method="sft", resume=True) as folder:
+        assert (folder.first_step, folder.checkpoint, folder.trained) == (0, None, False)
+
+
+def test_resolved_values_stay(tmp_path: Path) -> None:
+    """What "auto" came to mean when the run began holds for its continuation, whatever it would mean today."""
+    path = tmp_path / "run"
+    with RunFolder(config(path), method="distill") as folder:
+        folder.write_config(config(path, objective={"estimator": "full"}, teacher={"model": "t", "dtype": "bfloat16"}))
+    asked = config(path, teacher={"model": "t"}, num_threads=3, optim={"num_steps": 7}, rollouts={"per_step": 1})
+    with RunFolder(asked, method="distill", resume=True) as folder:
+        assert folder.config.objective.estimator == "full"
+        assert folder.config.teacher is not None
+        assert folder.config.teacher.dtype == "bfloat16"
+        assert folder.config.num_threads == 3
+        assert folder.config.optim.num_steps == 7
+        assert folder.config.rollouts.per_step == 1
+
+
+def test_flat() -> None:
+    tree = flat(config(Path("x"), teachers={"a": {"model": "t"}}, prompts={"path": "p"}))
+    assert tree["teachers.a.model"] == "t"
+    assert tree["prompts.columns"] == {}
+    assert "prompts.limit" not in tree  # None is absence
+
+
+def test_signals_are_left_alone_outside_the_main_thread() -> None:
+    seen: list[bool] = []
+
+    def listen() -> None:
+        with StopRequest().listening() as stop:
+            seen.append(stop.requested)
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert seen == [False]

@@ -1,0 +1,85 @@
+"""Rows of every kind -> supervised examples: which tokens train, and how a completion ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from understudy import ConfigError
+from understudy.config import PromptsConfig
+from understudy.rows import read_rows
+from understudy.supervised import supervised_examples
+from understudy.tokenization import ModelText, load_text
+from user import bpe_tokenizer, save_model, word_tokenizer, write_rows
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> ModelText:
+    return load_text(str(save_model(tmp_path_factory.mktemp("words"), word_tokenizer(), context=8)), "student")
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> ModelText:
+    return load_text(str(save_model(tmp_path_factory.mktemp("chat"), bpe_tokenizer(chat=True))), "student")
+
+
+def examples(tmp_path: Path, model: ModelText, *rows: Any, **options: Any) -> list[tuple[list[int], list[int]]]:
+    config = PromptsConfig(path=str(write_rows(tmp_path / "rows.jsonl", rows)), **options)
+    made = supervised_examples(read_rows(config), config, model, model.end_ids)
+    assert all(list(e.loss_mask) == [True] * len(e.completion_ids) for e in made)
+    return [(list(e.prompt_ids), list(e.completion_ids)) for e in made]
+
+
+def test_a_completion_ends_once(words: ModelText, tmp_path: Path) -> None:
+    made = examples(
+        tmp_path,
+        words,
+        {"prompt": "w0 w1", "completion": "w2"},
+        {"prompt": "w0", "completion": "w2 <|endoftext|>"},
+        {"prompt": "w0", "completion": "w2", "finish_reason": "length"},
+        {"prompt": "w0", "completion": "w2", "finish_reason": "stop"},
+    )
+    assert made == [([1, 2], [3, 0]), ([1], [3, 0]), ([1], [3]), ([1], [3, 0])]
+
+
+def test_a_document_trains_on_all_but_its_first_token(words: ModelText, tmp_path: Path) -> None:
+    assert examples(tmp_path, words, {"text": "w5 w6 w7"}) == [([6], [7, 8, 0])]
+    with pytest.raises(ConfigError, match=r"rows.jsonl:1[\s\S]*at least two"):
+        examples(tmp_path, words, {"text": "w5"})
+
+
+def test_only_the_last_answer_of_a_conversation_trains(chat: ModelText, tmp_path: Path) -> None:
+    turns = [("user", "May?"), ("assistant", "No."), ("user", "April?"), ("assistant", "72")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    [(prompt, completion)] = examples(tmp_path, chat, {"messages": messages}, system_prompt="Be brief.")
+    decode = chat.tokenizer.decode
+    assert decode(completion) == "72<|im_end|>"  # without the newline behind it
+    assert decode(prompt).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nMay?")
+    assert decode(prompt).endswith("No.<|im_end|>\n<|im_start|>user\nApril?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_messages_with_a_separate_completion(chat: ModelText, tmp_path: Path) -> None:
+    """What `generate` writes for chat rows."""
+    row = {"messages": [{"role": "user", "content": "May?"}], "completion": "72"}
+    [(prompt, completion)] = examples(tmp_path, chat, row)
+    assert chat.tokenizer.decode(prompt + completion).endswith("<|im_start|>assistant\n72<|im_end|>")
+
+
+def test_a_template_that_rewrites_the_past_is_refused(tmp_path: Path) -> None:
+    """Reasoning models drop earlier thoughts: the prompt's tokens are then no prefix of the conversation's."""
+    template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    model = load_text(str(save_model(tmp_path / "m", bpe_tokenizer(chat=True, chat_template=template))), "student")
+    messages = [{"role": "user", "content": "May?"}, {"role": "assistant", "content": "72"}]
+    with pytest.raises(ConfigError, match=r"rows.jsonl:1[\s\S]*prefix"):
+        examples(tmp_path, model, {"messages": messages})
+
+
+def test_length_counts_the_end_token(words: ModelText, tmp_path: Path) -> None:
+    fits, long = ({"prompt": "w0", "completion": " ".join(["w1"] * n)} for n in (6, 7))
+    assert len(examples(tmp_path, words, fits, long, over_long="skip")) == 1
+    with pytest.raises(ConfigError, match=r"rows.jsonl:2\n.*9 tokens\n.*at most 8"):
+        examples(tmp_path, words, fits, long)
+    with pytest.raises(ConfigError, match="only rows that are too long"):
+        examples(tmp_path, words, long, over_long="skip")

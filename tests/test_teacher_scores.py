@@ -1,0 +1,63 @@
+"""Which teacher marks a rollout, what it reads, and marks that are refused. Values: tests/parity/test_scoring.py."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from tiny import prompt_of, rollout_of
+from understudy.errors import RunError
+from understudy.teacher_scores import score_rollouts, teacher_view
+from understudy.types import SampledScores, ScoreKind, TokenSequence
+
+
+class Marks:
+    """A teacher that answers with fixed lists and remembers what it was shown."""
+
+    kinds: frozenset[ScoreKind] = frozenset({"sampled"})
+
+    def __init__(self, *answers: list[float]) -> None:
+        self.answers, self.shown = answers, []
+
+    def compute_logprobs(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:
+        raise AssertionError("score is what is asked")
+
+    def score(self, sequences: Sequence[TokenSequence], kind: ScoreKind, *, topk: int = 0) -> list[SampledScores]:
+        self.shown += [(list(s.prompt_ids), list(s.completion_ids)) for s in sequences]
+        return [SampledScores(answer) for answer in self.answers]
+
+
+def rollout(index: int, teacher: str = "default", **fields):
+    return rollout_of(prompt_of([1, index], index, teacher=teacher, **fields), [index, 0], [-1.0, -1.0])
+
+
+def test_the_teacher_reads_its_own_prompt_and_the_students_tokens() -> None:
+    assert teacher_view(rollout(3)) == TokenSequence([1, 3], [3, 0])
+    assert teacher_view(rollout(3, teacher_prompt_ids=[9, 9, 9])) == TokenSequence([9, 9, 9], [3, 0])
+    assert teacher_view(rollout(3, teacher_prompt_ids=[])) == TokenSequence([], [3, 0])  # empty is not absent
+
+
+def test_marks_come_back_in_the_given_order() -> None:
+    teachers = {"a": Marks([-1.0, -1.5], [-3.0, -3.5]), "b": Marks([-2.0, -2.5]), "idle": Marks()}
+    scores = score_rollouts(teachers, [rollout(1, "a"), rollout(2, "b"), rollout(3, "a")], "sampled")
+    assert [s.teacher_logprobs for s in scores] == [[-1.0, -1.5], [-2.0, -2.5], [-3.0, -3.5]]
+    assert teachers["a"].shown == [([1, 1], [1, 0]), ([1, 3], [3, 0])]
+    assert teachers["b"].shown == [([1, 2], [2, 0])]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ([-1.0], "prompt 4: got 1 scores for 2 completion tokens"),
+        ([-1.0, float("-inf")], "token 0 at completion position 1 has log-probability -inf"),
+        ([float("nan"), -1.0], "token 4 at completion position 0 has log-probability nan"),
+        ([-1.0, 0.2], "log-probability 0.2; expected a finite value <= 0"),
+    ],
+)
+def test_bad_marks_name_the_rollout(answer: list[float], message: str) -> None:
+    with pytest.raises(RunError, match=message):
+        score_rollouts({"default": Marks(answer)}, [rollout(4)], "sampled")
+
+
+def test_a_missing_mark_is_an_error() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        score_rollouts({"default": Marks([-1.0, -1.0])}, [rollout(4), rollout(5)], "sampled")
