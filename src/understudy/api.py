@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from understudy.advantages import training_examples
 from understudy.assembly import Given, Parts, assemble, set_threads
 from understudy.backends.loading import load_student
 from understudy.backends.local import LocalSampler
 from understudy.backends.protocols import Sampler, Teacher, Trainer
 from understudy.checkpoints import checkpoint_path, write_atomic, write_json
 from understudy.config import RunConfig, StudentConfig
-from understudy.costs import CostLedger, MeteredSampler
+from understudy.costs import MeteredSampler
 from understudy.evaluation import evaluate_tasks
-from understudy.loop import on_policy_loop
+from understudy.loop import on_policy_loop, sample_and_score
 from understudy.preflight import Checked, Method, check_run
+from understudy.progress import ProgressSampler
 from understudy.recorder import Recorder
-from understudy.rewards import grade_rollouts
 from understudy.rollouts import sample_rollouts, step_seed
 from understudy.runs import RunFolder, StopRequest
 from understudy.supervised import supervised_examples, supervised_loop
 from understudy.tasks import Grader
-from understudy.teacher_scores import score_rollouts
-from understudy.types import ScoredRollout
 
 log = logging.getLogger("understudy")
 
@@ -173,15 +171,9 @@ def _keep_final_rollouts(parts: Parts, recorder: Recorder) -> None:
     prompts = parts.prompts_at(0)[:wanted]
     if not prompts:
         return
-    groups = sample_rollouts(parts.evaluator, prompts, sampling, seed=step_seed(parts.config.seed, 0))
-    rollouts = [rollout for group in groups for rollout in group]
-    scores = (
-        score_rollouts(parts.page_teachers, rollouts, parts.score_kind) if parts.teachers else [None] * len(rollouts)
-    )
-    rewards = grade_rollouts(rollouts, parts.grader, parts.decode) if parts.grader else [None] * len(rollouts)
-    scored = [ScoredRollout(*columns) for columns in zip(rollouts, scores, rewards, strict=True)]
-    size = sampling.group_size
-    examples = training_examples([scored[i : i + size] for i in range(0, len(scored), size)], **parts.credit)
+    # Neither this writing nor its marking belongs to the method's price.
+    for_pages = replace(parts, sampler=parts.evaluator, teachers=parts.page_teachers)
+    scored, examples = sample_and_score(for_pages, prompts, seed=step_seed(parts.config.seed, 0))
     recorder.keep_rollouts(parts.config.optim.num_steps, scored, examples)
 
 
@@ -196,13 +188,11 @@ def generate(config: RunConfig, *, quiet: bool = False) -> RunResult:
         set_threads(config)
         teacher = StudentConfig(model=config.teacher.model, dtype=config.teacher.dtype, device=config.teacher.device)
         model = load_student(teacher, vocab_size=checked.vocab_size, role="teacher")
-        sampler = MeteredSampler(
-            LocalSampler(model, stop_ids=checked.stop_ids),
-            folder.costs,
-            "teacher_sampling",
-            model.matmul_parameters()[0],
-        )
-        groups = sample_rollouts(sampler, checked.prompts, config.sampling, seed=step_seed(config.seed, 0))
+        local = LocalSampler(model, stop_ids=checked.stop_ids)
+        metered = MeteredSampler(local, folder.costs, "teacher_sampling", model.matmul_parameters()[0])
+        sampler = ProgressSampler(metered, "generate", num_prompts=len(checked.prompts), quiet=quiet)
+        with contextlib.closing(sampler):
+            groups = sample_rollouts(sampler, checked.prompts, config.sampling, seed=step_seed(config.seed, 0))
         sources = {row.index: row.values for row in checked.rows}
         rows = [
             {
@@ -226,13 +216,10 @@ def evaluate(config: RunConfig, *, quiet: bool = False) -> RunResult:
     with RunFolder(config, method="eval") as folder:
         set_threads(config)
         model = load_student(config.student, vocab_size=checked.vocab_size)
-        sampler = MeteredSampler(
-            LocalSampler(model, stop_ids=checked.stop_ids),
-            CostLedger(),
-            "evaluation",
-            model.matmul_parameters()[0],
-        )
-        metrics = evaluate_tasks(sampler, checked.tasks, checked.decode)
+        total = sum(len(task.prompts) * len(task.config.temperatures) for task in checked.tasks)
+        local = LocalSampler(model, stop_ids=checked.stop_ids)
+        with contextlib.closing(ProgressSampler(local, "eval", num_prompts=total, quiet=quiet)) as sampler:
+            metrics = evaluate_tasks(sampler, checked.tasks, checked.decode)
         folder.write_config(config)
         write_json(folder.path / "evaluation.json", metrics)
     return RunResult(folder.path, None, metrics)

@@ -105,6 +105,9 @@ def assemble(config: RunConfig, checked: Checked, costs: CostLedger, *, checkpoi
     trainer = given.trainer or LocalTrainer(_present(student), config.optim, temperature=temperature)
     teachers, config = _teachers(config, checked, student, sampler, given)
     config = _resolve_estimator(config, teachers)
+    if student:
+        dtype = str(student.dtype).removeprefix("torch.")
+        config = config.model_copy(update={"student": config.student.model_copy(update={"dtype": dtype})})
     full = config.objective.estimator == "full"
     return Parts(
         config=config,
@@ -145,6 +148,21 @@ def _check_given(checked: Checked, given: Given) -> None:
             expected="a sampler that writes with this trainer's weights; the configured one would never see an update",
             remedy="pass sampler=... too",
         )
+    if given.sampler is not None and given.trainer is None:
+        raise ConfigError(
+            "sampler",
+            got=f"a {type(given.sampler).__name__} without a trainer",
+            expected="the trainer whose weights it writes with; the configured one's updates would not reach it",
+            remedy="pass trainer=... too",
+        )
+    for name, teacher in (given.teachers or {}).items():
+        if "hidden" in teacher.kinds and not hasattr(teacher, "head"):
+            raise ConfigError(
+                f"teacher {name!r}",
+                got='"hidden" among its kinds, and no attribute `head`',
+                expected="an LMHead, which turns its hidden states into logits",
+                remedy='add it, or leave "hidden" out of kinds',
+            )
     names = {prompt.teacher for prompt in checked.prompts}
     if given.teachers is not None and not names <= given.teachers.keys():
         raise ConfigError(

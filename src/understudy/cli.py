@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Mapping
@@ -280,12 +281,16 @@ def main() -> None:
     sys.path.append("")  # a grader "my_graders:grade" lies in the working folder; a script's own path leaves that out
     try:
         code = app(sys.argv[1:], exit_on_error=False, print_error=True, result_action="return_value")
+        sys.stdout.flush()
     except CycloptsError:
         sys.exit(2)
     except UnderstudyError as error:
         console.print("[bold red]error[/] ", end="")
         console.print(str(error), markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # the reader of a pipe (head, less) has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         console.print("interrupted; a run goes on from its last checkpoint with the same command and --resume")
         sys.exit(130)

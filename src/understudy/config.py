@@ -71,6 +71,8 @@ class RowsConfig(Section):
     """A .jsonl or .parquet file, or a hub dataset id. Rows: {"prompt": text} or {"messages": [...]}, optional "answer",
     "task", "teacher", "teacher_prompt"; for `sft`: {"prompt", "completion"}, {"messages"} ending with the assistant, or
     {"text"} (a document)."""
+    subset: str | None = None
+    """Configuration name, for hub datasets that have several."""
     split: str = "train"
     """Split, for hub datasets."""
     columns: dict[str, str] = Field(default_factory=dict)
@@ -104,9 +106,9 @@ class SamplingConfig(Section):
     temperature: float = Field(default=1.0, ge=0)
     """Training samples, scores and differentiates at this one temperature. 0 (greedy) is for evaluation."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Nucleus mass; for `generate` and evaluation, refused in training."""
+    """Nucleus mass; for `generate`, refused in training."""
     top_k: int = Field(default=0, ge=0)
-    """0: off; for `generate` and evaluation, refused in training."""
+    """0: off; for `generate`, refused in training."""
     stop_token_ids: tuple[int, ...] | None = None
     """What ends a completion. Absent: the model's own end-of-text ids, which student and teacher must share."""
     max_batch_rows: int = Field(default=256, ge=1)
@@ -179,6 +181,10 @@ class EvalTaskConfig(RowsConfig):
     """A grader's name or "package.module:function"."""
     temperatures: tuple[float, ...] = (0.0, 1.0)
     """One completion per problem at each; 0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus mass."""
+    top_k: int = Field(default=0, ge=0)
+    """0: off."""
     max_completion_tokens: int | None = Field(default=None, ge=1)
     """Absent: [sampling] max_completion_tokens."""
 

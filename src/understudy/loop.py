@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 
 from understudy.advantages import training_examples
@@ -13,7 +14,7 @@ from understudy.recorder import Recorder
 from understudy.rewards import grade_rollouts
 from understudy.rollouts import sample_rollouts, step_seed
 from understudy.teacher_scores import score_rollouts
-from understudy.types import ScoredRollout
+from understudy.types import Prompt, ScoredRollout, TrainingExample
 from understudy.weight_sync import sync_weights
 
 
@@ -21,22 +22,9 @@ def on_policy_loop(parts: Parts, recorder: Recorder) -> None:
     """Sample, score, update; once per step until ``optim.num_steps`` or a request to stop."""
     config = parts.config
     for step in range(recorder.first_step, config.optim.num_steps):
-        # 1. The student writes, with the log-probability it gives each token.
-        prompts = parts.prompts_at(step)
-        groups = sample_rollouts(parts.sampler, prompts, config.sampling, seed=step_seed(config.seed, step))
-        rollouts = list(chain.from_iterable(groups))
-
-        # 2. The teacher marks every token; a grader, if there is one, the whole answer.
-        scores = (
-            score_rollouts(parts.teachers, rollouts, parts.score_kind) if parts.teachers else [None] * len(rollouts)
-        )
-        rewards = grade_rollouts(rollouts, parts.grader, parts.decode) if parts.grader else [None] * len(rollouts)
-        scored = [ScoredRollout(*columns) for columns in zip(rollouts, scores, rewards, strict=True)]
-
-        # 3. advantages = -(sampler_logprobs - teacher_logprobs), plus rewards, through the importance-sampling loss.
-        size = config.sampling.group_size
-        examples = training_examples([scored[i : i + size] for i in range(0, len(scored), size)], **parts.credit)
+        scored, examples = sample_and_score(parts, parts.prompts_at(step), seed=step_seed(config.seed, step))
         recorder.keep_rollouts(step, scored, examples)
+
         batches = micro_batches(examples, **parts.batching)
         learning_rate = learning_rate_at(config.optim, step)
         update = optimizer_step(parts.trainer, batches, parts.objective, learning_rate=learning_rate)
@@ -45,3 +33,23 @@ def on_policy_loop(parts: Parts, recorder: Recorder) -> None:
         row = {"learning_rate": learning_rate, **rollout_metrics(scored), **update_metrics(update)}
         if recorder.finish_step(step + 1, row) == "stop":
             return
+
+
+def sample_and_score(
+    parts: Parts, prompts: Sequence[Prompt], *, seed: int
+) -> tuple[list[ScoredRollout], list[TrainingExample]]:
+    """One step's rollouts with their marks, and what they teach."""
+    # 1. The student writes, with the log-probability it gives each token.
+    groups = sample_rollouts(parts.sampler, prompts, parts.config.sampling, seed=seed)
+    rollouts = list(chain.from_iterable(groups))
+
+    # 2. The teacher marks every token; a grader, if there is one, the whole answer.
+    nothing = [None] * len(rollouts)
+    scores = score_rollouts(parts.teachers, rollouts, parts.score_kind) if parts.teachers else nothing
+    rewards = grade_rollouts(rollouts, parts.grader, parts.decode) if parts.grader else nothing
+    scored = [ScoredRollout(*columns) for columns in zip(rollouts, scores, rewards, strict=True)]
+
+    # 3. advantages = -(sampler_logprobs - teacher_logprobs), plus rewards centred on their group.
+    size = parts.config.sampling.group_size
+    examples = training_examples([scored[i : i + size] for i in range(0, len(scored), size)], **parts.credit)
+    return scored, examples

@@ -84,7 +84,13 @@ def _eval_task(config: RunConfig, task: EvalTaskConfig, grader: Grader, student:
     length = task.max_completion_tokens or config.sampling.max_completion_tokens
     prompts = load_prompts(task, student, max_completion_tokens=length, task=task.name)
     _check_answers(prompts, grader, task)
-    sampling = SamplingConfig(group_size=1, max_completion_tokens=length, max_batch_rows=config.sampling.max_batch_rows)
+    sampling = SamplingConfig(
+        group_size=1,
+        max_completion_tokens=length,
+        top_p=task.top_p,
+        top_k=task.top_k,
+        max_batch_rows=config.sampling.max_batch_rows,
+    )
     return EvalTask(task, prompts, grader, sampling)
 
 
@@ -138,7 +144,7 @@ def _check_objective(config: RunConfig, method: Method, rewarded: bool) -> None:
             "sampling",
             f"top_p = {sampling.top_p}, top_k = {sampling.top_k}",
             "no truncation in training: the written tokens' probabilities would not be the trained ones",
-            "drop top_p and top_k; evaluation and `generate` may use them",
+            "drop top_p and top_k; [[evaluation.tasks]] and `generate` may use them",
         )
     if objective.estimator == "full" and objective.discount != 0:
         refuse("objective.discount", objective.discount, '0 with estimator = "full"', 'use estimator = "sampled"')

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +16,10 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from understudy.backends.protocols import Sampler
+from understudy.config import SamplingConfig
+from understudy.types import Prompt, Rollout
 
 _SHOWN = {
     "reverse_kl/full": "reverse KL {:.3f}",
@@ -70,6 +74,36 @@ class StepProgress:
         """Leave the terminal as it was."""
         if self._bar is not None:
             self._bar.stop()
+
+
+class ProgressSampler:
+    """A sampler that works through its prompts in pieces and shows how far it is: for commands without steps.
+
+    A prompt must not stand twice in what it is given: pieces do not know of each other.
+    """
+
+    def __init__(self, sampler: Sampler, name: str, *, num_prompts: int, quiet: bool = False) -> None:
+        self._sampler = sampler
+        self._done = 0
+        self._progress = StepProgress(name, first_step=0, num_steps=num_prompts, quiet=quiet)
+
+    def set_policy_version(self, version: int) -> None:
+        """See ``Sampler.set_policy_version``."""
+        self._sampler.set_policy_version(version)
+
+    def sample(self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, seed: int) -> list[list[Rollout]]:
+        """See ``Sampler.sample``."""
+        size = max(1, 2 * sampling.max_batch_rows // sampling.group_size)
+        groups: list[list[Rollout]] = []
+        for start in range(0, len(prompts), size):
+            groups += self._sampler.sample(prompts[start : start + size], sampling, seed=seed)
+            self._done += len(prompts[start : start + size])
+            self._progress.update({"step": self._done})
+        return groups
+
+    def close(self) -> None:
+        """End the display."""
+        self._progress.close()
 
 
 def summary(row: Mapping[str, Any]) -> str:

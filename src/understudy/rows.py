@@ -111,7 +111,7 @@ def _dataset(path: Path, config: RowsConfig) -> Iterator[tuple[str, dict[str, An
         if path.suffix == ".parquet":
             table = datasets.load_dataset("parquet", data_files=str(path), split="train")
         else:
-            table = datasets.load_dataset(config.path, split=config.split)
+            table = datasets.load_dataset(config.path, config.subset, split=config.split)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"rows {config.path}",

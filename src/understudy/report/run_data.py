@@ -51,7 +51,7 @@ def read_jsonl(path: Path) -> tuple[list[Row], str]:
     if not path.is_file():
         return [], f"{path.name}: no such file"
     rows, broken = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         if not line.strip():
             continue
         try:

@@ -12,7 +12,7 @@ from understudy.config import RunConfig
 from understudy.report import Arm, RolloutPair, write_comparison
 from understudy.rollout_store import read_rollouts
 from understudy.worlds import assistant
-from understudy.worlds.jobs import Job, run_jobs, write_rows
+from understudy.worlds.jobs import Job, count_rows, run_jobs, write_rows
 from understudy.worlds.models import build_qwen3, save_folder
 
 DOCUMENTS_PER_STEP, SAMPLES_PER_STEP = 24, 64
@@ -65,7 +65,7 @@ def prepare(folder: Path, plan: Plan = FULL, *, seed: int = 0) -> None:
 
 def configs(folder: Path, plan: Plan = FULL, *, seed: int = 0) -> dict[str, tuple[str, RunConfig]]:
     """(command, configuration) of every phase, in order."""
-    chat_rows = sum(1 for _ in (folder / "chats.jsonl").open(encoding="utf-8"))
+    chat_rows = count_rows(folder / "chats.jsonl")
     last = {name: f"{name}/checkpoints/step_{plan.steps(name):06d}" for name in ("assistant", "midtrained")}
     linear = {"schedule": "linear", "betas": [0.9, 0.98]}
     on_instructions = {"prompts": {"path": str(folder / "instructions.jsonl")}}

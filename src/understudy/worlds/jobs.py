@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -181,6 +182,10 @@ def new_folder(wanted: Path) -> Path:
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows as JSONL."""
-    import json
-
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def count_rows(path: Path) -> int:
+    """Lines of a JSONL file."""
+    with path.open(encoding="utf-8") as lines:
+        return sum(1 for _ in lines)

@@ -12,7 +12,7 @@ from typing import Any
 
 from understudy.report import Arm, RolloutPair, write_comparison
 from understudy.rollout_store import read_rollouts
-from understudy.worlds.jobs import Job
+from understudy.worlds.jobs import Job, count_rows
 from understudy.worlds.ledger import Ledger
 from understudy.worlds.ledger_demo import ARMS, NUM_STEPS, arm_rows
 
@@ -214,14 +214,10 @@ def write_page(folder: Path, jobs: Sequence[Job]) -> tuple[list[dict[str, str]],
         commands=[(job.name, f"{job.command} --output_dir {job.folder}-again") for job in jobs],
         before_after=rollout_pairs(full, int(rows["distill-full"][-1]["step"])),
         footnotes=[
-            f"Accuracy on {_problems(folder)} held-out problems, ± one standard error. FLOPs: 2N per token sampled or "
+            f"Accuracy on {count_rows(folder / 'test.jsonl')} held-out problems, ± one standard error. FLOPs: 2N per token "
+            "sampled or "
             "scored, 6N per token trained on, N the matrices a token passes (LM head included); attention scores and "
             "evaluation left out. The price of sft includes the teacher's sampling.",
         ],
     )
     return table, paragraph, path
-
-
-def _problems(folder: Path) -> int:
-    with (folder / "test.jsonl").open(encoding="utf-8") as lines:
-        return sum(1 for _ in lines)
