@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ import pytest
 import torch
 
 import understudy
-from understudy import ConfigError, Prompt, Rollout, RunConfig, SampledScores, TokenSequence
-from understudy.backends.loading import load_student
+from understudy import ConfigError, Prompt, Rollout, RunConfig, SampledScores, TokenSequence, assembly
+from understudy.backends.loading import load_model, load_student
 from understudy.backends.local import LocalTrainer
 from understudy.config import OptimConfig, StudentConfig
 from user import metrics, save_model, tree, word_tokenizer, write_rows
+
+# peft asks transformers the old way
+peft_warns = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 
 class Scribe:
@@ -148,3 +152,133 @@ def test_configuration_that_names_the_section_of_another_command(config: dict[st
     result = understudy.rl(RunConfig.model_validate(config), quiet=True)
     assert "reverse_kl/mean" not in result.metrics
     assert "reward/mean" in result.metrics
+
+
+@pytest.fixture
+def adapters(config: dict[str, Any], tmp_path: Path) -> Path:
+    """A folder as peft writes it: adapters that name their base."""
+    from understudy.config import LoraConfig
+
+    base = StudentConfig(model=config["student"]["model"], device="cpu", lora=LoraConfig(rank=2))
+    load_student(base).model.save_pretrained(tmp_path / "adapters")
+    return tmp_path / "adapters"
+
+
+@peft_warns
+def test_adapters_on_adapters_are_refused(
+    config: dict[str, Any], adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """peft would write the new ones alone, against the first base."""
+    monkeypatch.setattr(assembly, "load_student", lambda *a, **k: pytest.fail("weights were read"))
+    config["student"] |= {"model": str(adapters), "lora": {"rank": 2}}
+    with pytest.raises(ConfigError, match=r"student.lora[\s\S]*merge_and_unload"):
+        understudy.distill(RunConfig.model_validate(config))
+    assert not Path(config["output_dir"]).exists()
+
+
+def test_float16_is_no_dtype_to_train_in(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assembly, "load_student", lambda *a, **k: pytest.fail("weights were read"))
+    config["student"]["dtype"] = "float16"
+    with pytest.raises(ConfigError, match=r'student.dtype[\s\S]*remedy: *use "bfloat16" or "float32"'):
+        understudy.distill(RunConfig.model_validate(config))
+
+
+@peft_warns
+@pytest.mark.parametrize("lora", [False, True])
+def test_bfloat16_without_a_master_copy_is_warned_of(
+    config: dict[str, Any], caplog: pytest.LogCaptureFixture, lora: bool
+) -> None:
+    config["student"] |= {"dtype": "bfloat16"} | ({"lora": {"rank": 2}} if lora else {})
+    with caplog.at_level(logging.WARNING):
+        understudy.distill(RunConfig.model_validate(config), quiet=True)
+    assert ("no float32 master copy" in caplog.text) != lora
+
+
+def test_what_auto_became_is_logged_and_stored(config: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        result = understudy.distill(RunConfig.model_validate(config), quiet=True)
+    assert f"student {config['student']['model']}: float32 on cpu" in caplog.messages
+    assert f"teacher {config['teacher']['model']}: float32 on cpu" in caplog.messages
+    stored = RunConfig.from_toml(result.folder / "config.toml")
+    assert stored.sampling.stop_token_ids == (0,)
+    assert stored.objective.reward_coef == 0.0
+    assert stored.student.dtype == "float32"
+    config["optim"]["num_steps"] = 3
+    understudy.distill(RunConfig.model_validate(config), quiet=True, resume=True)  # still says nothing of either
+
+
+def test_dropped_stop_ids_do_not_come_back_as_others(config: dict[str, Any]) -> None:
+    """Absent means what was resolved when the run began; here it would now mean the model's own."""
+    config["sampling"]["stop_token_ids"] = [0, 3]
+    understudy.distill(RunConfig.model_validate(config), quiet=True)
+    del config["sampling"]["stop_token_ids"]
+    config["optim"]["num_steps"] = 3
+    with pytest.raises(ConfigError, match=r"sampling.stop_token_ids\n.*\[0\]\n.*\[0, 3\], as the run began"):
+        understudy.distill(RunConfig.model_validate(config), quiet=True, resume=True)
+
+
+def test_a_teacher_marks_at_the_sampling_temperature(config: dict[str, Any]) -> None:
+    config["sampling"]["temperature"] = 0.7
+    with pytest.raises(ConfigError, match=r"teacher 'default'[\s\S]*temperature 1.0[\s\S]*sampling.temperature = 1"):
+        understudy.distill(RunConfig.model_validate(config), teachers={"default": Critic()})  # type: ignore[dict-item]
+    informed: Any = Critic()
+    informed.temperature = 0.7
+    understudy.distill(RunConfig.model_validate(config), teachers={"default": informed}, quiet=True)
+
+
+@peft_warns
+@pytest.mark.parametrize("lora", [False, True])
+def test_an_earlier_self_gets_the_students_dtype(
+    config: dict[str, Any], lora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also under adapters, also where memory is short, and without another copy being read on the way."""
+    read: list[torch.dtype] = []
+
+    def spy(model: str, *, dtype: torch.dtype, **options: Any) -> Any:
+        read.append(dtype)
+        return load_model(model, dtype=dtype, **options)
+
+    monkeypatch.setattr(assembly, "load_model", spy)
+    monkeypatch.setattr(assembly, "_too_large_to_compare", lambda *a: True)
+    config["student"] |= {"dtype": "float64"} | ({"lora": {"rank": 2}} if lora else {})
+    result = understudy.distill(RunConfig.model_validate(config), quiet=True)
+    stored = RunConfig.from_toml(result.folder / "config.toml").teacher
+    assert stored is not None
+    assert stored.dtype == "float64"
+    assert read == [torch.float64]
+
+
+def test_packing_is_tried_out_first(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    config["optim"]["packing"] = True
+    understudy.distill(RunConfig.model_validate(config), quiet=True)
+    config["output_dir"] += "-2"
+    hidden = assembly.LanguageModel.hidden
+
+    def deaf(model: Any, input_ids: torch.Tensor, **inputs: Any) -> Any:
+        return hidden(model, input_ids, **{name: v for name, v in inputs.items() if name != "position_ids"})
+
+    monkeypatch.setattr(assembly.LanguageModel, "hidden", deaf)
+    with pytest.raises(ConfigError, match=r"optim.packing[\s\S]*optim.packing = false"):
+        understudy.distill(RunConfig.model_validate(config), quiet=True)
+    assert not Path(config["output_dir"]).exists()
+    config["optim"]["packing"] = False
+    understudy.distill(RunConfig.model_validate(config), quiet=True)
+
+
+@peft_warns
+def test_adapters_bring_their_own_tokenizer(config: dict[str, Any], adapters: Path) -> None:
+    from understudy.tokenization import load_text
+
+    plain = load_text(str(adapters), "student")
+    assert plain.name == str(adapters)
+    assert plain.tokenizer.chat_template is None
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(adapters)
+    own = load_text(str(adapters), "student")
+    assert own.tokenizer.chat_template == tokenizer.chat_template
+    assert (own.name, own.vocab, own.vocab_width) == (str(adapters), plain.vocab, plain.vocab_width)
+    assert (own.end_ids, own.context_length) == (plain.end_ids, plain.context_length)
+    (adapters / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match="tokenizer files beside the adapters"):
+        load_text(str(adapters), "student")

@@ -132,3 +132,13 @@ def test_missing_hidden_states_are_an_error_in_any_example(order: int) -> None:
     whole = example([1, 1], [2], teacher_hidden=torch.zeros(1, 3))
     with pytest.raises(ValueError, match="got none entries"):
         micro_batches([whole, example([1, 1], [2])][::order], micro_batch_tokens=100)
+
+
+def test_hidden_states_wait_on_the_cpu() -> None:
+    """A step's worth of them would fill a device; everything else is small."""
+    whole = example([1, 1], [2], teacher_hidden=torch.ones(1, 3))
+    [batch] = micro_batches([whole, whole], micro_batch_tokens=100, device="meta")
+    assert batch.teacher_hidden is not None
+    assert batch.teacher_hidden.device.type == "cpu"
+    assert batch.teacher_hidden.tolist() == [[1.0] * 3] * 2
+    assert {batch.input_ids.device.type, batch.target_ids.device.type, batch.loss_mask.device.type} == {"meta"}

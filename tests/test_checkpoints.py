@@ -14,6 +14,7 @@ from understudy.checkpoints import (
     save_checkpoint,
     write_atomic,
     write_json,
+    write_jsonl,
 )
 
 
@@ -60,3 +61,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         write_atomic(path, "\ud800")
     assert path.read_text() == '{\n  "a": 1\n}\n'
+
+
+def test_rows_are_written_all_or_none(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [{"a": "é\u2028"}, {"a": 2}])
+    assert path.read_text(encoding="utf-8") == '{"a": "é\u2028"}\n{"a": 2}\n'
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_jsonl(path, [{"a": 3}, {"a": float("inf")}])
+    assert path.read_text(encoding="utf-8").count("\n") == 2

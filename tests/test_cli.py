@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,7 @@ def test_help_shows_the_file_the_options_and_an_example(monkeypatch: pytest.Monk
         assert f"understudy {command} run.toml" in text
         assert "The TOML file that describes the run." in text
         assert "--optim.learning_rate 1e-4" in text
-        assert ("--resume" in text) == (command in ("distill", "rl", "sft"))
+        assert ("--resume" in text) == (command != "eval")
 
 
 def test_keys_as_schema(monkeypatch: pytest.MonkeyPatch, capsys: Printed) -> None:
@@ -111,6 +113,55 @@ def test_smoke(run_toml: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert [row["step"] for row in metrics(tmp_path / "run-smoke")] == [1, 2]
     config = smoke_config(RunConfig.from_toml(run_toml, {"sampling.max_completion_tokens": 4096}))
     assert config.sampling.max_completion_tokens == 32
+
+
+def test_smoke_replaces_its_own_folder_and_no_other(
+    run_toml: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Printed
+) -> None:
+    folder = tmp_path / "run-smoke"
+    assert run_cli(monkeypatch, "distill", run_toml, "--smoke") == 0
+    (folder / "mark").touch()
+    assert run_cli(monkeypatch, "distill", run_toml, "--smoke", "--resume") == 0  # continued, not replaced
+    assert (folder / "mark").exists()
+    with (folder / ".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run_cli(monkeypatch, "distill", run_toml, "--smoke") == 2
+    assert (folder / "mark").exists()
+    assert run_cli(monkeypatch, "distill", run_toml, "--smoke", "--optim.learning_rate", "2e-3") == 0
+    assert not (folder / "mark").exists()
+    assert metrics(folder)[-1]["learning_rate"] == 2e-3
+    shutil.rmtree(folder)
+    assert run_cli(monkeypatch, "distill", run_toml, "--output_dir", folder, "--optim.num_steps", 3) == 0
+    assert run_cli(monkeypatch, "distill", run_toml, "--smoke") == 2  # a real run of that name
+    assert len(metrics(folder)) == 3
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "config.toml").write_text("mine")
+    assert run_cli(monkeypatch, "distill", run_toml, "--smoke") == 2
+    assert "--resume" in capsys.readouterr().err
+    assert (folder / "config.toml").read_text() == "mine"
+
+
+def test_smoke_raises_no_limit(run_toml: Path) -> None:
+    task = {"path": "x", "limit": 3, "max_completion_tokens": 5}
+    small: dict[str, object] = {
+        "prompts.limit": 2,
+        "supervised.batch_size": 3,
+        "optim.num_steps": 1,
+        "sampling.max_completion_tokens": 6,
+        "evaluation.tasks": [task],
+    }
+    config = RunConfig.from_toml(run_toml, small)
+    assert smoke_config(config) == config.model_copy(update={"output_dir": f"{config.output_dir}-smoke"})
+    large = {"prompts.limit": 999, "supervised.batch_size": 99, "evaluation.tasks": [{"path": "x", "limit": 99}]}
+    config = smoke_config(RunConfig.from_toml(run_toml, large | {"optim.num_steps": 99}))
+    assert config.prompts is not None
+    limits = (config.prompts.limit, config.supervised.batch_size, config.optim.num_steps)
+    assert (*limits, config.evaluation.tasks[0].limit) == (16, 4, 2, 8)
+    [long] = smoke_config(
+        RunConfig.from_toml(run_toml, {"evaluation.tasks": [{"path": "x", "max_completion_tokens": 4096}]})
+    ).evaluation.tasks
+    assert (long.limit, long.max_completion_tokens) == (8, 32)
 
 
 def test_a_grader_in_the_working_folder(run_toml: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -78,3 +78,26 @@ def test_roles_are_metered_and_pass_everything_through() -> None:
     assert costs.roles["student_training"]["flops"] == 6 * (400 + 60)
     assert all(entry["seconds"] > 0 for entry in costs.roles.values())
     assert costs.total("flops") == pytest.approx(200 * tokens + 12_000 + 2760)
+
+
+def test_every_role_waits_for_its_own_cuda_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before and after each phase, on the devices that hold something."""
+    waited: list[int] = []
+    model, costs = tiny_model(seed=5), CostLedger()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: [1, 0, 1][device])
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    sampler = MeteredSampler(sampler_of(model), costs, "evaluation", 1)
+    teacher = MeteredTeacher(teacher_of(model), costs, 1)
+    trainer = MeteredTrainer(trainer_of(model), costs, (1, 1))
+    [batch] = micro_batches([TrainingExample([1], [2, 0], [True, True])], micro_batch_tokens=9)
+    for work in (
+        lambda: sampler.sample([prompt_of([1])], SamplingConfig(max_completion_tokens=2), seed=0),
+        lambda: teacher.score([TokenSequence([1], [2, 0])], "sampled"),
+        lambda: trainer.forward_backward(batch, CrossEntropy()),
+        lambda: trainer.optimizer_step(learning_rate=1e-3, num_tokens=2),
+    ):
+        waited.clear()
+        work()
+        assert waited == [0, 2, 0, 2]

@@ -200,3 +200,17 @@ def test_a_restricted_vocabulary_never_leaves_it() -> None:
     for prompt, (ids, logprobs) in zip(PROMPTS, completions, strict=True):
         table = model(input_ids=torch.tensor([prompt])).logits[0, -1, :6].log_softmax(-1)
         assert logprobs[0] == pytest.approx(float(table[ids[0]].detach()), abs=1e-11)
+
+
+@pytest.mark.parametrize("ragged", [True, False], ids=["ragged", "equal lengths"])
+def test_hybrids_keep_their_rows_to_the_end(ragged: bool) -> None:
+    """A convolution's state cannot drop the rows that have ended; the others must not notice."""
+    model = LanguageModel(tiny_model("lfm2", seed=5))
+    prompts = PROMPTS if ragged else [[1 + (i + j) % 5 for j in range(5)] for i in range(16)]
+    stop, uniforms = frozenset({EOS, 2}), draws(16, 9, seed=1)
+    completions = decode(model, prompts, uniforms, stop_ids=stop, max_tokens=9, temperature=0.9)
+    for prompt, row, (ids, logprobs) in zip(prompts, uniforms, completions, strict=True):
+        expected_ids, expected = alone(model, prompt, row, temperature=0.9, stop=stop)
+        assert ids == expected_ids
+        assert logprobs == pytest.approx(expected, abs=1e-10)
+    assert len(set(map(len, (ids for ids, _ in completions)))) > 2

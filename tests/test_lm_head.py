@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from understudy import lm_head
-from understudy.lm_head import LMHead, head_logprobs, in_slices, selected_logprobs
+from understudy.lm_head import LMHead, divergence_from_hidden, head_logprobs, in_slices, selected_logprobs
+from understudy.losses import distribution_divergence
 
 
 def tensors(rows: int = 5, width: int = 4, vocab_size: int = 7, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -94,3 +95,23 @@ def test_log_softmax_is_float32_or_wider(given: str, wanted: str) -> None:
     assert head.logits(hidden).dtype == head.logprobs(hidden).dtype == getattr(torch, wanted)
     assert head_logprobs(head, hidden, ids).dtype == getattr(torch, wanted)
     assert float(head.logprobs(hidden).double().exp().sum(-1).sub(1).abs().max()) < 1e-6
+
+
+def test_divergence_from_hidden_equals_the_divergence_of_its_logits():
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    student_hidden, teacher_hidden, student_weight, teacher_weight = draw(5, 4), draw(5, 3), draw(7, 4), draw(7, 3)
+    mask = torch.tensor([True, False, True, True, True])
+    p, q = (student_hidden @ student_weight.T).softmax(-1), (teacher_hidden @ teacher_weight.T).softmax(-1)
+    expected = (p * (p / q).log()).sum(-1)[mask]
+    arguments = (student_hidden, student_weight, teacher_hidden, teacher_weight, mask)
+    assert divergence_from_hidden(*arguments).loss.item() == pytest.approx(expected.sum().item(), abs=1e-12)
+    mean = divergence_from_hidden(*arguments, reduction="mean").loss.item()
+    assert mean == pytest.approx(expected.mean().item(), abs=1e-12)
+    with pytest.raises(ValueError, match="forward_kl"):
+        divergence_from_hidden(*arguments, kind="forward_kl")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="jsd"):
+        distribution_divergence(p.log(), q.log(), mask, kind="jsd")  # pyright: ignore[reportArgumentType]

@@ -9,10 +9,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tiny import tiny_model
 from understudy import ConfigError
-from understudy.backends.loading import load_model, load_student, pick_device
+from understudy.backends.loading import (
+    LanguageModel,
+    _student_dtype,
+    check_packing,
+    load_model,
+    load_student,
+    meta_shape,
+    pick_device,
+)
 from understudy.config import LoraConfig, StudentConfig
 from user import save_model, word_tokenizer
+
+# peft asks transformers the old way
+peft_warns = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 
 @pytest.fixture
@@ -58,3 +70,67 @@ def test_adapters_without_peft(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"understudy\[lora\]"):
         load_student(StudentConfig(model=str(folder), device="cpu", lora=LoraConfig()))
+
+
+@peft_warns
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2"])
+def test_shapes_are_known_before_any_weights(tmp_path: Path, architecture: str) -> None:
+    """From the configuration, from the model, and from the model under adapters: the same matrices."""
+    folder = str(save_model(tmp_path / "m", word_tokenizer(), architecture=architecture))
+    plain = load_student(StudentConfig(model=folder, device="cpu"))
+    adapted = load_student(StudentConfig(model=folder, device="cpu", lora=LoraConfig(rank=3)))
+    assert meta_shape(folder, role="teacher") == plain.shape == adapted.shape
+    assert sum(plain.shape) == sum(p.numel() for p in plain.model.parameters() if p.dim() == 2)
+    wider = save_model(tmp_path / "wider", word_tokenizer(), architecture=architecture, hidden=32)
+    assert meta_shape(str(wider), role="teacher") != plain.shape
+
+
+@peft_warns
+def test_the_seed_decides_the_adapters(folder: Path) -> None:
+    def adapters(seed: int) -> torch.Tensor:
+        config = StudentConfig(model=str(folder), device="cpu", lora=LoraConfig(rank=2))
+        model = load_student(config, seed=seed).model
+        return torch.cat([p.detach().flatten() for name, p in model.named_parameters() if "lora_A" in name])
+
+    torch.manual_seed(5)
+    first = adapters(1)
+    drawn = torch.rand(3)
+    torch.manual_seed(6)
+    assert torch.equal(adapters(1), first)
+    assert not torch.equal(adapters(2), first)
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(3), drawn)  # the process's own random numbers go on as if nothing had been drawn
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "granite", "cohere"])
+def test_heads_are_judged_in_half_precision_too(architecture: str, dtype: torch.dtype) -> None:
+    model = tiny_model(architecture, seed=5, dtype=dtype)
+    LanguageModel(model)
+    forward = model.forward
+
+    def fainter(**inputs):
+        output = forward(**inputs)
+        output.logits = output.logits * 0.9
+        return output
+
+    model.forward = fainter
+    with pytest.raises(ConfigError, match="logits that differ"):
+        LanguageModel(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_packing_needs_layers_that_keep_sequences_apart(dtype: torch.dtype) -> None:
+    check_packing(LanguageModel(tiny_model("qwen3", seed=5, dtype=dtype)))
+    with pytest.raises(ConfigError, match=r"optim.packing[\s\S]*Lfm2ForCausalLM[\s\S]*optim.packing = false"):
+        check_packing(LanguageModel(tiny_model("lfm2", seed=5, dtype=dtype)))
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_adapters_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype) -> None:
+    """bfloat16 only where the hardware is fast at it, and never for a master copy."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu = torch.device("cuda")
+    assert _student_dtype("auto", gpu, lora=True) == dtype
+    assert _student_dtype("auto", gpu, lora=False) == torch.float32
+    assert _student_dtype("bfloat16", gpu, lora=True) == torch.bfloat16

@@ -1,18 +1,21 @@
 """The local backend's roles. Their gradients and scores are judged in tests/parity."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tiny import EOS, gradient_of, prompt_of, sampler_of, teacher_of, tiny_model, trainer_of
+from understudy import lm_head
 from understudy.backends.loading import LanguageModel, load_model, load_student
 from understudy.backends.local import LocalTrainer
 from understudy.batching import micro_batches
 from understudy.config import LoraConfig, OptimConfig, SamplingConfig, StudentConfig
 from understudy.errors import ConfigError, RunError
+from understudy.lm_head import LMHead
 from understudy.objectives import CrossEntropy
-from understudy.types import Rollout, TokenSequence, TrainingExample
+from understudy.types import Batch, HiddenScores, LossOutput, Rollout, TokenSequence, TopkScores, TrainingExample
 
 PROMPTS = [prompt_of(ids, i) for i, ids in enumerate([[1, 2, 3], [4], [5, 4, 3, 2, 1, 5, 3], [2, 2]])]
 SAMPLING = SamplingConfig(group_size=4, max_completion_tokens=6)
@@ -230,3 +233,74 @@ def test_matmul_parameters_by_hand() -> None:
     assert trainable == everything
     model.requires_grad_(False)
     assert LanguageModel(model).matmul_parameters() == (2 * per_layer + 96, 0)
+
+
+def out_of_memory(*arguments: Any, **keywords: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_out_of_memory_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(seed=5)
+    sampler, teacher, trainer = sampler_of(model), teacher_of(model, batch_tokens=55), trainer_of(model)
+    [batch] = micro_batches(examples(), micro_batch_tokens=99)
+    trainer.forward_backward(batch, CrossEntropy())
+    monkeypatch.setattr(LanguageModel, "hidden", out_of_memory)
+    monkeypatch.setattr(torch.optim.AdamW, "step", out_of_memory)
+    with pytest.raises(RunError, match=r"sampling; lower sampling.max_batch_rows \(now 3\)"):
+        sampler.sample(PROMPTS, SAMPLING.model_copy(update={"max_batch_rows": 3}), seed=1)
+    with pytest.raises(RunError, match=r"scoring; lower optim.micro_batch_tokens \(now 55\)"):
+        teacher.compute_logprobs([TokenSequence([1], [2])])
+    with pytest.raises(RunError, match=r"training; lower optim.micro_batch_tokens \(now 16384\)"):
+        trainer.forward_backward(batch, CrossEntropy())
+    with pytest.raises(RunError, match=r"updating the weights; train adapters \(\[student.lora\]\)"):
+        trainer.optimizer_step(learning_rate=1e-2, num_tokens=4)
+
+
+def test_alternatives_need_no_more_logits_than_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = teacher_of(tiny_model(seed=5, dtype=torch.float32))
+    sequences = [TokenSequence([1, 2], [3, 1, 4, 5, 2, EOS]), TokenSequence([4], [5])]
+    expected = teacher.score(sequences, "topk", topk=3)
+    held: list[int] = []
+    logits = LMHead.logits
+
+    def counted(head: LMHead, hidden: torch.Tensor) -> torch.Tensor:
+        result = logits(head, hidden)
+        held.append(result.numel())
+        return result
+
+    monkeypatch.setattr(lm_head, "MAX_LOGITS", 12)  # two positions of six tokens
+    monkeypatch.setattr(LMHead, "logits", counted)
+    for score, whole in zip(teacher.score(sequences, "topk", topk=3), expected, strict=True):
+        assert isinstance(score, TopkScores)
+        assert isinstance(whole, TopkScores)
+        assert score.ids == whole.ids
+        assert all(type(token) is int for row in score.ids for token in row)
+        torch.testing.assert_close(torch.tensor(score.logprobs), torch.tensor(whole.logprobs))
+    assert max(held) <= 12
+
+
+def test_hidden_states_are_on_a_device_for_one_micro_batch_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teacher hands them over on the CPU, once per pass; the trainer moves what a micro-batch needs."""
+    moved: list[tuple[int, ...]] = []
+    cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: (moved.append(tuple(self.shape)), cpu(self))[1])
+    model = tiny_model(seed=5)
+    [score] = teacher_of(model).score([TokenSequence([1, 2], [3, EOS])], "hidden")
+    assert moved == [(2, 16)]
+    assert isinstance(score, HiddenScores)
+    [batch] = micro_batches(
+        [TrainingExample([1, 2], [3, EOS], [True, True], teacher_hidden=score.teacher_hidden)], micro_batch_tokens=99
+    )
+    trainer = trainer_of(model)
+    trainer.model.device = torch.device("meta")
+    seen: list[str] = []
+
+    def objective(batch: Batch, hidden: torch.Tensor, head: LMHead) -> LossOutput:
+        assert batch.teacher_hidden is not None
+        seen.append(batch.teacher_hidden.device.type)
+        return LossOutput(hidden.sum(), {})
+
+    trainer.forward_backward(batch, objective)
+    assert seen == ["meta"]
+    assert batch.teacher_hidden is not None
+    assert batch.teacher_hidden.device.type == "cpu"

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from understudy.losses import cross_entropy_loss, importance_sampling_loss, reverse_kl_divergence
+from understudy.losses import cross_entropy_loss, distribution_divergence, importance_sampling_loss
 
 INF = float("inf")
 
@@ -45,7 +45,7 @@ def test_masked_entries_do_not_exist(garbage: float) -> None:
 
     logits = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     teacher = torch.stack([torch.full((4,), 0.25).log(), torch.full((4,), garbage)])
-    divergence = reverse_kl_divergence(logits.log_softmax(-1), teacher, mask)
+    divergence = distribution_divergence(logits.log_softmax(-1), teacher, mask)
     divergence.loss.backward()
     assert logits.grad is not None
     assert logits.grad[1].tolist() == [0.0] * 4
@@ -85,7 +85,7 @@ def test_reverse_kl_by_hand() -> None:
     """(1/2, 1/2) against (1/4, 3/4): ln 2 / 2 + ln (2/3) / 2. The other direction would be 0.1308."""
     student = torch.tensor([[0.5, 0.5], [0.9, 0.1]], dtype=torch.float64).log()
     teacher = torch.tensor([[0.25, 0.75], [0.9, 0.1]], dtype=torch.float64).log()
-    output = reverse_kl_divergence(student, teacher, torch.tensor([True, True]))
+    output = distribution_divergence(student, teacher, torch.tensor([True, True]))
     assert output.loss.item() == pytest.approx(0.1438410362258904, rel=1e-12)
     entropy = -0.9 * math.log(0.9) - 0.1 * math.log(0.1)
     assert output.metrics == pytest.approx(
@@ -96,9 +96,9 @@ def test_reverse_kl_by_hand() -> None:
         },
         rel=1e-6,
     )
-    masked = reverse_kl_divergence(student, teacher, torch.tensor([False, True]))
+    masked = distribution_divergence(student, teacher, torch.tensor([False, True]))
     assert masked.loss.item() == 0.0
-    assert reverse_kl_divergence(student, teacher, torch.tensor([True, True]), reduction="mean").loss.item() == (
+    assert distribution_divergence(student, teacher, torch.tensor([True, True]), reduction="mean").loss.item() == (
         pytest.approx(0.1438410362258904 / 2, rel=1e-12)
     )
 
@@ -109,14 +109,14 @@ def test_reverse_kl_gradient_is_the_derivative_of_its_value() -> None:
     logits = torch.randn(1, 6, dtype=torch.float64, generator=generator, requires_grad=True)
     teacher = torch.randn(1, 6, dtype=torch.float64, generator=generator).log_softmax(-1)
     mask = torch.tensor([True])
-    loss = reverse_kl_divergence(logits.log_softmax(-1), teacher, mask).loss
+    loss = distribution_divergence(logits.log_softmax(-1), teacher, mask).loss
     loss.backward()
     p = logits.detach().softmax(-1)
     expected = p * (p.log() - teacher - loss.detach())
     torch.testing.assert_close(logits.grad, expected)
 
     def value(x: torch.Tensor) -> float:
-        return float(reverse_kl_divergence(x.log_softmax(-1), teacher, mask).loss)
+        return float(distribution_divergence(x.log_softmax(-1), teacher, mask).loss)
 
     step = 1e-6 * torch.eye(6, dtype=torch.float64)
     slopes = [(value(logits.detach() + d) - value(logits.detach() - d)) / 2e-6 for d in step]
@@ -128,7 +128,7 @@ def test_reverse_kl_of_equals_is_exactly_nothing(dtype: torch.dtype) -> None:
     logits = 5 * torch.randn(7, 50, dtype=dtype, generator=torch.Generator().manual_seed(0))
     logits.requires_grad_()
     logprobs = logits.log_softmax(-1)
-    loss = reverse_kl_divergence(logprobs, logprobs.detach().clone(), torch.ones(7, dtype=torch.bool)).loss
+    loss = distribution_divergence(logprobs, logprobs.detach().clone(), torch.ones(7, dtype=torch.bool)).loss
     loss.backward()
     assert loss.item() == 0.0
     assert logits.grad is not None
@@ -139,7 +139,7 @@ def test_tokens_the_student_cannot_write_cost_nothing() -> None:
     """-inf student entries, where the teacher's is finite or -inf too; no NaN in the value, gradient or entropies."""
     logits = torch.tensor([[0.0, -INF, -INF, 0.0]], requires_grad=True)
     teacher = torch.tensor([[0.25, 0.25, 0.0, 0.5]]).log()
-    output = reverse_kl_divergence(logits.log_softmax(-1), teacher, torch.tensor([True]))
+    output = distribution_divergence(logits.log_softmax(-1), teacher, torch.tensor([True]))
     assert output.loss.item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(1))
     assert output.metrics["student_entropy"] == pytest.approx(math.log(2))
     assert output.metrics["teacher_entropy"] == pytest.approx(1.5 * math.log(2))
@@ -150,7 +150,7 @@ def test_tokens_the_student_cannot_write_cost_nothing() -> None:
 
 
 def test_a_token_the_teacher_rules_out_is_infinitely_bad() -> None:
-    output = reverse_kl_divergence(
+    output = distribution_divergence(
         torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1.0, 0.0]]).log(), torch.tensor([True])
     )
     assert output.loss.item() == INF  # the step then refuses it: see optimizer_step

@@ -61,8 +61,10 @@ def test_nothing_to_train_is_an_error() -> None:
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_is_an_error_and_moves_nothing(loss: float) -> None:
     trainer = Told((1.0, {}), (loss, {}))
-    with pytest.raises(RunError, match="the loss is"):
+    with pytest.raises(RunError, match="the loss is") as error:
         step(trainer, batch(1), batch(1))
+    assert "a teacher that gives a token probability zero where the student does not" in str(error.value)
+    assert "weights that overflowed" in str(error.value)
     assert trainer.steps == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import time
@@ -195,6 +196,8 @@ MISTAKES: dict[str, tuple[str, Change, list[str]]] = {
     "output_dir is a file": ("distill", put("output_dir", "rows.jsonl"), ["output_dir rows.jsonl", "a file"]),
     "output_dir below a file": ("distill", put("output_dir", "rows.jsonl/run"), ["output_dir rows.jsonl/run"]),
     "output_dir not empty": ("distill", put("output_dir", "folder.jsonl"), ["output_dir folder.jsonl", "keep.txt"]),
+    "teacher device": ("distill", put("teacher.device", "gpu:7"), ["device gpu:7", "auto, cpu"]),
+    "teacher device in generate": ("generate", put("teacher.device", "gpu:7"), ["device gpu:7", "auto, cpu"]),
     "device": ("distill", put("student.device", "gpu"), ["device gpu", "auto, cpu"]),
 }
 
@@ -288,6 +291,38 @@ def test_a_hub_id_offline_is_refused_at_once(models: Path, tmp_path: Path) -> No
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
     assert time.monotonic() - start < 60  # mostly Python's start; a retry loop over the network takes longer
+
+
+def test_unused_devices_are_not_looked_at(models: Path, tmp_path: Path) -> None:
+    write_files(tmp_path)
+    config = tree(models / "student", models / "teacher", tmp_path / "rows.jsonl", tmp_path / "run")
+    config["prompts"]["columns"] = {"completion": "answer"}
+    config["student"]["device"] = "gpu"
+    check_run(RunConfig.model_validate(config), "generate")
+    config["student"]["device"], config["teacher"]["device"] = "cpu", "gpu"
+    check_run(RunConfig.model_validate(config), "sft")
+
+
+@pytest.mark.parametrize("role", ["student", "teacher", "section"])
+def test_adapters_without_peft_are_refused_before_any_model_is_read(
+    role: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(tmp_path)
+    config = tree(models / "student", models / "teacher", tmp_path / "rows.jsonl", tmp_path / "run")
+    if role == "section":
+        config["student"]["lora"] = {"rank": 2}
+    else:
+        (tmp_path / "adapter").mkdir()
+        adapter = {"base_model_name_or_path": config[role]["model"]}
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
+        config[role]["model"] = str(tmp_path / "adapter")
+    check_run(RunConfig.model_validate(config), "distill")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else find(name, *rest))
+    with pytest.raises(ConfigError, match=r"`peft` is not installed[\s\S]*understudy\[lora\]"):
+        check_run(RunConfig.model_validate(config), "distill")
+    if role != "teacher":  # who does not take part may be anything
+        check_run(RunConfig.model_validate(config), "generate")
 
 
 def test_long_rows_are_left_out_on_request(models: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from understudy import ConfigError
 from understudy.config import PromptsConfig
 from understudy.prompts import batch_for_step, load_prompts
 from understudy.tokenization import load_text
@@ -89,3 +90,15 @@ def test_the_longest_prompt_that_fits_is_kept(folder: Path) -> None:
     assert list(prompt.prompt_ids) == ids
     with pytest.raises(ValueError, match=r"long.jsonl:1"):
         load_prompts(PromptsConfig(path=str(path)), text, max_completion_tokens=room + 1)
+
+
+@pytest.mark.parametrize("field", ["messages", "teacher_prompt"])
+def test_two_system_prompts_are_refused(field: str, folder: Path) -> None:
+    talk = [{"role": "system", "content": "Be long."}, {"role": "user", "content": "How many?"}]
+    row = {"messages": talk[1:], field: talk}
+    path = write_rows(folder / "rows.jsonl", [{"messages": talk[1:]}, row])
+    text = load_text(str(folder / "student"), "student")
+    load_prompts(PromptsConfig(path=str(path)), text, {"default": text}, max_completion_tokens=4)
+    config = PromptsConfig(path=str(path), system_prompt="Be brief.")
+    with pytest.raises(ConfigError, match=r"rows.jsonl:2\n.*a system message, and system_prompt is set too"):
+        load_prompts(config, text, {"default": text}, max_completion_tokens=4)

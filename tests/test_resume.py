@@ -25,7 +25,9 @@ import torch
 
 import understudy
 from understudy import ConfigError, Prompt, RunConfig
+from understudy.checkpoints import jsonl
 from user import (
+    amounts,
     assert_same_run,
     interrupt_in,
     metrics,
@@ -64,6 +66,10 @@ def half_of_the_file(path: Path, text: str) -> None:
     path.with_name(path.name + ".partial").write_text(text[: len(text) // 2])
 
 
+def half_of_the_rows(path: Path, rows: Any) -> None:
+    half_of_the_file(path, jsonl(rows))
+
+
 def one_file_of(folder: Path) -> None:
     next(path for path in folder.iterdir() if path.is_file()).unlink()
 
@@ -82,8 +88,9 @@ DEATHS: dict[str, tuple[str, str, int, Callable[..., object]]] = {
     "between update and log": ("understudy.loop", "sync_weights", 3, nothing),
     "in a metrics line": ("understudy.metrics.MetricsLog", "append", 5, half_of_the_line),
     "between metrics and costs": ("understudy.runs", "write_json", 4, nothing),
-    "in costs.json": ("understudy.checkpoints", "write_atomic", 4, half_of_the_file),
-    "in a step's rollouts": ("understudy.rollout_store", "write_atomic", 2, half_of_the_file),
+    # Calls before it: costs of rows 0 to 2, rollouts of steps 0 and 2.
+    "in costs.json": ("understudy.checkpoints", "write_atomic", 6, half_of_the_file),
+    "in a step's rollouts": ("understudy.rollout_store", "write_jsonl", 2, half_of_the_rows),
     "in the first checkpoint's state": ("torch", "save", 1, half_of_the_bytes),
     "in the second checkpoint's state": ("torch", "save", 2, half_of_the_bytes),
     "before a checkpoint's rename": ("understudy.checkpoints", "flush_tree", 2, nothing),
@@ -93,8 +100,22 @@ DEATHS: dict[str, tuple[str, str, int, Callable[..., object]]] = {
     "in the last evaluation": ("understudy.api", "evaluate_tasks", 3, nothing),
     "in the last checkpoint": ("torch", "save", 3, half_of_the_bytes),
     "before the last rollouts": ("understudy.api", "_keep_final_rollouts", 1, nothing),
-    "in the last rollouts": ("understudy.rollout_store", "write_atomic", 4, half_of_the_file),
+    "in the last rollouts": ("understudy.rollout_store", "write_jsonl", 4, half_of_the_rows),
     "in the report": ("understudy.report", "write_run_report", 1, nothing),
+}
+
+
+def half_of_the_piece(samples: Any, rows: Any) -> None:
+    with (samples.path.parent / "samples.partial.jsonl").open("a", encoding="utf-8") as file:
+        file.write(jsonl(rows)[:-20])
+
+
+GENERATE_DEATHS: dict[str, tuple[str, str, int, Callable[..., object]]] = {
+    "before the first piece": ("understudy.api", "sample_rollouts", 1, nothing),
+    "in the third piece": ("understudy.api", "sample_rollouts", 3, nothing),
+    "in the second piece's rows": ("understudy.samples.SampleFile", "append", 2, half_of_the_piece),
+    "in the last piece's rows": ("understudy.samples.SampleFile", "append", 4, half_of_the_piece),
+    "before the samples get their name": ("understudy.samples.SampleFile", "finish", 1, nothing),
 }
 
 
@@ -115,7 +136,7 @@ def dying(original: Callable[..., Any], at_call: int, last_words: Callable[..., 
 def work(method: str, config: Mapping[str, Any], death: str | None, resume: bool) -> None:
     torch.set_num_threads(1)
     if death is not None:
-        module, name, at_call, last_words = DEATHS[death]
+        module, name, at_call, last_words = (DEATHS | GENERATE_DEATHS)[death]
         owner = owner_of(module)
         setattr(owner, name, dying(getattr(owner, name), at_call, last_words))
     getattr(understudy, method)(RunConfig.model_validate(config), resume=resume, quiet=True)
@@ -193,6 +214,27 @@ def test_other_methods_survive(name: str, death: str, material: Path, undisturbe
     run(method, config, death=death)
     run(method, config, resume=True)
     assert_same_run(tmp_path / "run", undisturbed[name])
+
+
+@pytest.mark.parametrize("death", GENERATE_DEATHS)
+def test_generate_survives(death: str, material: Path, tmp_path: Path) -> None:
+    """Four pieces of at most two prompts; the samples are the same, byte for byte."""
+    configs = [config_for("distill", material, tmp_path / name) for name in ("whole", "run")]
+    for config in configs:
+        config["sampling"] |= {"max_batch_rows": 2}
+    run("generate", configs[0])
+    run("generate", configs[1], death=death)
+    assert not (tmp_path / "run" / "samples.jsonl").exists()
+    run("generate", configs[1], resume=True)
+    names, samples, costs = [], [], []
+    for folder in (tmp_path / "whole", tmp_path / "run"):
+        names.append(sorted(path.name for path in folder.iterdir()))
+        samples.append((folder / "samples.jsonl").read_bytes())
+        costs.append(amounts(json.loads((folder / "costs.json").read_text())))
+    assert names[0] == names[1] == [".lock", "config.toml", "costs.json", "samples.jsonl"]
+    assert samples[0] == samples[1]
+    assert samples[0].count(b"\n") == 14
+    assert costs[0] == costs[1]
 
 
 def test_a_run_killed_twice_survives(material: Path, undisturbed: Finished, tmp_path: Path) -> None:

@@ -48,6 +48,28 @@ def test_parquet_without_datasets_says_what_to_install(tmp_path: Path, monkeypat
             read_rows(RowsConfig(path=str(path)))
 
 
+def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows as those of a JSONL file: the same order, nested messages, absent values as None, a limit."""
+    reason = "the `data` extra is not among the development packages"
+    datasets = pytest.importorskip("datasets", reason=reason)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    talk = [{"role": "user", "content": "May?"}]
+    path = tmp_path / "r.parquet"
+    table = {"question": ["a", "é\u2028"], "messages": [talk, None], "n": [1, 2]}
+    datasets.Dataset.from_dict(table).to_parquet(str(path))
+    config = RowsConfig(path=str(path), columns={"prompt": "question"})
+    one, two = read_rows(config)
+    assert one.values == {"prompt": "a", "messages": talk, "n": 1}
+    assert one.messages() == talk
+    assert (two.index, two.where, two.text("prompt"), two.messages()) == (1, f"{path}[1]", "é\u2028", None)
+    assert len(read_rows(config.model_copy(update={"limit": 1}))) == 1
+    with pytest.raises(ConfigError, match="readable Parquet file"):
+        read_rows(RowsConfig(path=str(tmp_path / "missing.parquet")))
+    path.write_bytes(b"PAR1")
+    with pytest.raises(ConfigError, match="readable Parquet file"):
+        read_rows(RowsConfig(path=str(path)))
+
+
 @pytest.mark.parametrize("value", ["", "  ", 3, ["a"], {"a": 1}])
 def test_a_text_is_a_non_empty_string(value: Any, tmp_path: Path) -> None:
     import json

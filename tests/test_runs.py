@@ -28,17 +28,25 @@ def test_a_block_that_wrote_keeps_its_folder(tmp_path: Path) -> None:
         folder.write_config(folder.config)
     assert RunConfig.from_toml(tmp_path / "run" / "config.toml") == config(tmp_path / "run")
     assert "understudy sft" in (tmp_path / "run" / "config.toml").read_text().splitlines()[0]
-    for method, remedy in (("sft", "--resume"), ("generate", "another output_dir")):
+    for method, remedy in (("sft", "--resume"), ("generate", "--resume"), ("eval", "another output_dir")):
         with pytest.raises(ConfigError) as error:
             RunFolder(config(tmp_path / "run"), method=method)
         assert remedy in error.value.remedy
-    assert "--resume" not in error.value.remedy  # `generate` has no such option
+    assert "--resume" not in error.value.remedy  # `eval` has no such option
 
 
 def test_resume_of_nothing_is_a_start(tmp_path: Path) -> None:
     """A job script may always say --resume."""
     with RunFolder(config(tmp_path / "run"), method="sft", resume=True) as folder:
         assert (folder.first_step, folder.checkpoint, folder.trained) == (0, None, False)
+
+
+def test_resume_of_another_command_is_refused(tmp_path: Path) -> None:
+    """Even before the first checkpoint says whose it is."""
+    with RunFolder(config(tmp_path / "run"), method="generate") as folder:
+        folder.write_config(folder.config)
+    with pytest.raises(ConfigError, match=r"command\n.*got: *distill\n.*generate, as the run began"):
+        RunFolder(config(tmp_path / "run"), method="distill", resume=True)
 
 
 def test_resolved_values_stay(tmp_path: Path) -> None:
@@ -74,3 +82,21 @@ def test_signals_are_left_alone_outside_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert seen == [False]
+
+
+def test_absence_stays_what_it_was_resolved_to(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    resolved = {"objective": {"reward_coef": 0.0}, "sampling": {"stop_token_ids": [3]}}
+    with RunFolder(config(path), method="distill") as folder:
+        folder.write_config(config(path, **resolved))
+    for given in ({}, resolved):
+        with RunFolder(config(path, **given), method="distill", resume=True) as folder:
+            assert folder.config.objective.reward_coef == 0.0
+            assert folder.config.sampling.stop_token_ids == (3,)
+    for given in (
+        {"objective": {"reward_coef": 1.0}},
+        {"sampling": {"stop_token_ids": [3, 4]}},
+        {"prompts": {"path": "p"}},
+    ):
+        with pytest.raises(ConfigError, match="as the run began"):
+            RunFolder(config(path, **given), method="distill", resume=True)

@@ -12,7 +12,7 @@ from understudy.config import PromptsConfig
 from understudy.rows import read_rows
 from understudy.supervised import supervised_examples
 from understudy.tokenization import ModelText, load_text
-from user import bpe_tokenizer, save_model, word_tokenizer, write_rows
+from user import CHATML, bpe_tokenizer, save_model, word_tokenizer, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +25,11 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> ModelText:
     return load_text(str(save_model(tmp_path_factory.mktemp("chat"), bpe_tokenizer(chat=True))), "student")
 
 
-def examples(tmp_path: Path, model: ModelText, *rows: Any, **options: Any) -> list[tuple[list[int], list[int]]]:
+def examples(
+    tmp_path: Path, model: ModelText, *rows: Any, stop_ids: frozenset[int] | None = None, **options: Any
+) -> list[tuple[list[int], list[int]]]:
     config = PromptsConfig(path=str(write_rows(tmp_path / "rows.jsonl", rows)), **options)
-    made = supervised_examples(read_rows(config), config, model, model.end_ids)
+    made = supervised_examples(read_rows(config), config, model, stop_ids or model.end_ids)
     assert all(list(e.loss_mask) == [True] * len(e.completion_ids) for e in made)
     return [(list(e.prompt_ids), list(e.completion_ids)) for e in made]
 
@@ -58,6 +60,48 @@ def test_only_the_last_answer_of_a_conversation_trains(chat: ModelText, tmp_path
     assert decode(completion) == "72<|im_end|>"  # without the newline behind it
     assert decode(prompt).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nMay?")
     assert decode(prompt).endswith("No.<|im_end|>\n<|im_start|>user\nApril?<|im_end|>\n<|im_start|>assistant\n")
+
+
+CHAT = {"messages": [{"role": "user", "content": "May?"}, {"role": "assistant", "content": "yo"}]}
+
+
+@pytest.mark.parametrize("stop", [0, 2])
+def test_the_runs_own_stop_id_ends_a_chat_once(stop: int, tmp_path: Path) -> None:
+    """A base student (ends with <|endoftext|>, 0) on a chat template that ends turns with <|im_end|> (2), or the
+    reverse: nothing stands behind the end token, and it is the one that sampling stops at."""
+    tokenizer = bpe_tokenizer(chat=stop == 0)
+    tokenizer.chat_template = CHATML
+    base = load_text(str(save_model(tmp_path / "m", tokenizer)), "student")
+    assert base.end_ids == {2 - stop}
+    [(_, completion)] = examples(tmp_path, base, CHAT, stop_ids=frozenset({stop}))
+    assert base.tokenizer.decode(completion) == "yo" + {0: "<|endoftext|>", 2: "<|im_end|>"}[stop]
+
+
+def test_text_behind_an_end_token_is_refused_but_in_documents(chat: ModelText, tmp_path: Path) -> None:
+    decode = chat.tokenizer.decode
+    blank = {"prompt": "May?", "completion": "72<|im_end|>\n<|endoftext|>"}
+    more = {"prompt": "May?", "completion": "72<|im_end|>\nApril"}
+    document = {"text": "May 72<|im_end|>\nApril<|im_end|>\n"}
+    [(_, one), (prompt, two)] = examples(tmp_path, chat, blank, document)
+    assert decode(one) == "72<|im_end|>"
+    assert decode(prompt + two) == "May 72<|im_end|>\nApril<|im_end|>"
+    with pytest.raises(ConfigError, match=r"rows.jsonl:2\n.*goes on after its end token '<\|im_end\|>'"):
+        examples(tmp_path, chat, blank, more)
+
+
+@pytest.mark.parametrize(
+    "more", [{"text": "May"}, {"text": "May", "completion": "72"}, {"prompt": "May"}, {"text": "May", "prompt": "x"}]
+)
+def test_rows_of_two_kinds_are_refused(more: dict[str, str], chat: ModelText, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rows.jsonl:2\n.*both "):
+        examples(tmp_path, chat, CHAT, CHAT | more)
+    if "text" in more:
+        pair = {"prompt": "May?", "completion": "72", "text": "May? 72"}
+        with pytest.raises(ConfigError, match=r"rows.jsonl:1\n.*'completion' and 'prompt' and 'text'"):
+            examples(tmp_path, chat, pair)
+        # What the remedy says.
+        [(prompt, _)] = examples(tmp_path, chat, pair, columns={"unused": "text"})
+        assert chat.tokenizer.decode(prompt) == "May?"
 
 
 def test_messages_with_a_separate_completion(chat: ModelText, tmp_path: Path) -> None:

@@ -19,8 +19,27 @@ def test_end_ids_come_from_the_generation_config_first(tmp_path: Path) -> None:
     path = folder / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [2, 0]}))
     assert load_text(str(folder), "student").end_ids == {0, 2}
+    path.write_text("{}")  # there, and says nothing of the end
+    assert load_text(str(folder), "student").end_ids == {2}
     path.unlink()
     assert load_text(str(folder), "student").end_ids == {2}
+
+
+def test_where_the_generation_config_is_silent_the_config_speaks(tmp_path: Path) -> None:
+    """And not the tokenizer, which may know only one of several ends."""
+    folder = save_model(tmp_path / "m", bpe_tokenizer(chat=True))
+    (folder / "generation_config.json").write_text("{}")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [0, 2]}))
+    assert load_text(str(folder), "student").end_ids == {0, 2}
+
+
+def test_a_hub_id_without_an_owner_is_taken_for_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="student model gpt2") as error:
+        load_text("gpt2", "student")
+    assert error.value.got == "no such folder"
+    assert "openai-community/gpt2" in error.value.remedy
 
 
 def test_widths_may_differ_and_maps_may_not(tmp_path: Path) -> None:

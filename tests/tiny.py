@@ -44,6 +44,8 @@ _EXTRA: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25},
 }
 ARCHITECTURES = tuple(_EXTRA)
+# A convolution's state beside attention: rows cannot be dropped from its cache, nor sequences packed.
+_EXTRA["lfm2"] = {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "block_auto_adjust_ff_dim": False}
 
 
 def tiny_model(

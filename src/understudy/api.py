@@ -11,21 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from understudy.assembly import Given, Parts, assemble, set_threads
-from understudy.backends.loading import load_student
+from understudy.backends.loading import fast_bfloat16, load_student, pick_device
 from understudy.backends.local import LocalSampler
 from understudy.backends.protocols import Sampler, Teacher, Trainer
-from understudy.checkpoints import checkpoint_path, write_atomic, write_json
+from understudy.checkpoints import checkpoint_path, write_json
 from understudy.config import RunConfig, StudentConfig
-from understudy.costs import MeteredSampler
+from understudy.costs import CostLedger, MeteredSampler
 from understudy.evaluation import evaluate_tasks
 from understudy.loop import on_policy_loop, sample_and_score
 from understudy.preflight import Checked, Method, check_run
-from understudy.progress import ProgressSampler
+from understudy.progress import ProgressSampler, piece_size
 from understudy.recorder import Recorder
 from understudy.rollouts import sample_rollouts, step_seed
 from understudy.runs import RunFolder, StopRequest
+from understudy.samples import SampleFile
 from understudy.supervised import supervised_examples, supervised_loop
 from understudy.tasks import Grader
+from understudy.types import Rollout
 
 log = logging.getLogger("understudy")
 
@@ -177,37 +179,64 @@ def _keep_final_rollouts(parts: Parts, recorder: Recorder) -> None:
     recorder.keep_rollouts(parts.config.optim.num_steps, scored, examples)
 
 
-def generate(config: RunConfig, *, quiet: bool = False) -> RunResult:
+def generate(config: RunConfig, *, resume: bool = False, quiet: bool = False) -> RunResult:
     """The teacher writes ``sampling.group_size`` completions for every prompt row: ``samples.jsonl``, rows for ``sft``.
 
     Off-policy distillation is ``generate`` and then ``sft``. The student is not looked at: it may have other tokens.
+    Rows are stored as they are written; ``resume`` goes on after them, with the same result.
     """
     checked = check_run(config, "generate")
+    with RunFolder(config, method="generate", resume=resume) as folder:
+        samples = SampleFile(folder.path)
+        if samples.finished:
+            log.info("%s: samples.jsonl is complete", folder.path)
+        else:
+            _write_samples(folder, checked, samples, quiet)
+        return RunResult(folder.path, None, {"samples": samples.num_rows()})
+
+
+def _write_samples(folder: RunFolder, checked: Checked, samples: SampleFile, quiet: bool) -> None:
+    config = folder.config
     assert config.teacher is not None
-    with RunFolder(config, method="generate") as folder:
-        set_threads(config)
-        teacher = StudentConfig(model=config.teacher.model, dtype=config.teacher.dtype, device=config.teacher.device)
-        model = load_student(teacher, vocab_size=checked.vocab_size, role="teacher")
-        local = LocalSampler(model, stop_ids=checked.stop_ids)
-        metered = MeteredSampler(local, folder.costs, "teacher_sampling", model.matmul_parameters()[0])
-        sampler = ProgressSampler(metered, "generate", num_prompts=len(checked.prompts), quiet=quiet)
-        with contextlib.closing(sampler):
-            groups = sample_rollouts(sampler, checked.prompts, config.sampling, seed=step_seed(config.seed, 0))
-        sources = {row.index: row.values for row in checked.rows}
-        rows = [
-            {
-                **sources[rollout.prompt.index],
-                "completion": checked.decode(rollout.completion_ids),
-                "finish_reason": rollout.finish_reason,
-            }
-            for group in groups
-            for rollout in group
-        ]
-        folder.write_config(config)
-        path = folder.path / "samples.jsonl"
-        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        write_json(folder.path / "costs.json", folder.costs.to_json())
-    return RunResult(folder.path, None, {"samples": len(rows)})
+    set_threads(config)
+    teacher = _for_sampling(
+        StudentConfig(model=config.teacher.model, dtype=config.teacher.dtype, device=config.teacher.device)
+    )
+    model = load_student(teacher, vocab_size=checked.vocab_size, role="teacher")
+    folder.write_config(
+        config.model_copy(update={"teacher": config.teacher.model_copy(update={"dtype": teacher.dtype})})
+    )
+    sampling, piece, prompts = config.sampling, piece_size(config.sampling), checked.prompts
+    kept = samples.keep_whole_pieces(piece * sampling.group_size, len(prompts) * sampling.group_size)
+    costs, costs_path = folder.costs, folder.path / "costs.json"
+    if kept and costs_path.exists():
+        costs = CostLedger.from_json(json.loads(costs_path.read_text(encoding="utf-8")))
+    done = kept // sampling.group_size
+    local = LocalSampler(model, stop_ids=checked.stop_ids)
+    metered = MeteredSampler(local, costs, "teacher_sampling", model.matmul_parameters()[0])
+    sampler = ProgressSampler(metered, "generate", num_prompts=len(prompts), done=done, quiet=quiet)
+    sources = {row.index: row.values for row in checked.rows}
+    with contextlib.closing(sampler):
+        for start in range(done, len(prompts), piece):
+            chosen = prompts[start : start + piece]
+            groups = sample_rollouts(sampler, chosen, sampling, seed=step_seed(config.seed, 0))
+            samples.append([_sample_row(sources, rollout, checked) for group in groups for rollout in group])
+            write_json(costs_path, costs.to_json())
+    samples.finish()
+
+
+def _sample_row(sources: Mapping[int, Mapping[str, Any]], rollout: Rollout, checked: Checked) -> dict[str, Any]:
+    completion = checked.decode(rollout.completion_ids)
+    return {**sources[rollout.prompt.index], "completion": completion, "finish_reason": rollout.finish_reason}
+
+
+def _for_sampling(model: StudentConfig) -> StudentConfig:
+    """The model with its dtype resolved for writing alone, which needs no master copy: bfloat16 on a GPU fast at it."""
+    if model.dtype != "auto":
+        return model
+    device = pick_device(model.device)
+    half = device.type == "cuda" and fast_bfloat16(device)
+    return model.model_copy(update={"dtype": "bfloat16" if half else "float32"})
 
 
 def evaluate(config: RunConfig, *, quiet: bool = False) -> RunResult:
@@ -215,6 +244,7 @@ def evaluate(config: RunConfig, *, quiet: bool = False) -> RunResult:
     checked = check_run(config, "eval")
     with RunFolder(config, method="eval") as folder:
         set_threads(config)
+        config = config.model_copy(update={"student": _for_sampling(config.student)})
         model = load_student(config.student, vocab_size=checked.vocab_size)
         total = sum(len(task.prompts) * len(task.config.temperatures) for task in checked.tasks)
         local = LocalSampler(model, stop_ids=checked.stop_ids)

@@ -12,10 +12,11 @@ import torch
 
 from understudy.backends.loading import (
     LanguageModel,
-    count_parameters,
+    check_packing,
     fast_bfloat16,
     load_model,
     load_student,
+    meta_shape,
     pick_device,
 )
 from understudy.backends.local import LocalSampler, LocalTeacher, LocalTrainer
@@ -30,6 +31,7 @@ from understudy.prompts import batch_for_step
 from understudy.rollouts import step_seed
 from understudy.tasks import Grader
 from understudy.teacher_scores import score_rollouts
+from understudy.tokenization import adapter_base
 from understudy.types import Prompt, ScoreKind
 
 log = logging.getLogger("understudy")
@@ -95,19 +97,15 @@ def assemble(config: RunConfig, checked: Checked, costs: CostLedger, *, checkpoi
     """Load the models that are not ``given`` and resolve what "auto" means here. ``Parts.config`` is the resolved
     tree."""
     set_threads(config)
-    _check_given(checked, given)
+    _check_given(config, checked, given)
     temperature = config.sampling.temperature
-    student = given.trainer.model if isinstance(given.trainer, LocalTrainer) else None
-    if student is None and (given.sampler is None or given.trainer is None):
-        student = load_student(config.student, vocab_size=checked.vocab_size, weights=checkpoint)
+    student = _student(config, checked, checkpoint, given)
     sizes = student.matmul_parameters() if student else (0, 0)
     sampler = given.sampler or LocalSampler(_present(student), stop_ids=checked.stop_ids)
     trainer = given.trainer or LocalTrainer(_present(student), config.optim, temperature=temperature)
     teachers, config = _teachers(config, checked, student, sampler, given)
     config = _resolve_estimator(config, teachers)
-    if student:
-        dtype = str(student.dtype).removeprefix("torch.")
-        config = config.model_copy(update={"student": config.student.model_copy(update={"dtype": dtype})})
+    config = _resolve_rest(config, checked, student)
     full = config.objective.estimator == "full"
     return Parts(
         config=config,
@@ -138,7 +136,74 @@ def assemble(config: RunConfig, checked: Checked, costs: CostLedger, *, checkpoi
     )
 
 
-def _check_given(checked: Checked, given: Given) -> None:
+def _student(config: RunConfig, checked: Checked, checkpoint: Path | None, given: Given) -> LanguageModel | None:
+    """The model that is trained in this process, if any."""
+    if isinstance(given.trainer, LocalTrainer):
+        student = given.trainer.model
+    elif given.sampler is None or given.trainer is None:
+        _check_student(config)
+        student = load_student(config.student, vocab_size=checked.vocab_size, weights=checkpoint, seed=config.seed)
+        log.info("student %s: %s on %s", config.student.model, _dtype_name(student), student.device)
+    else:
+        return None
+    if config.optim.packing:
+        check_packing(student)
+    return student
+
+
+def _check_student(config: RunConfig) -> None:
+    """What evaluation can do with a student and training cannot."""
+    student = config.student
+    if student.lora is not None and (base := adapter_base(Path(student.model))) is not None:
+        raise ConfigError(
+            "student.lora",
+            got=f"new adapters for {student.model}, which is itself a folder of adapters",
+            expected="a whole model: a checkpoint holds the new adapters alone, and would be read on top of "
+            f"{base} without the old ones",
+            remedy="merge and save first: AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()"
+            ".save_pretrained(merged), with the tokenizer beside it; or drop [student.lora]",
+        )
+    if student.dtype == "float16":
+        raise ConfigError(
+            "student.dtype",
+            got="float16",
+            expected="a dtype to train in: gradients leave float16's range",
+            remedy='use "bfloat16" or "float32"',
+        )
+    if student.dtype == "bfloat16" and student.lora is None:
+        log.warning(
+            "student.dtype = bfloat16 without [student.lora]: there is no float32 master copy, and updates below about "
+            "1/256 of a weight round away"
+        )
+
+
+def _dtype_name(model: LanguageModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _resolve_rest(config: RunConfig, checked: Checked, student: LanguageModel | None) -> RunConfig:
+    """The student's dtype, what ends a completion and the weight of rewards, as they came out."""
+    stop_ids = config.sampling.stop_token_ids
+    # A resumed run's are stored; what was read from the models may be another thing by now.
+    if stop_ids is not None and frozenset(stop_ids) != checked.stop_ids:
+        raise ConfigError(
+            "sampling.stop_token_ids",
+            got=f"{sorted(checked.stop_ids)}",
+            expected=f"{list(stop_ids)}, as the run began",
+            remedy=f"set sampling.stop_token_ids = {list(stop_ids)}",
+        )
+    update: dict[str, Any] = {}
+    if stop_ids is None:
+        resolved = tuple(sorted(checked.stop_ids))
+        update["sampling"] = config.sampling.model_copy(update={"stop_token_ids": resolved})
+    if checked.prompts:  # `sft` has no rewards to weigh
+        update["objective"] = config.objective.model_copy(update={"reward_coef": config.reward_coef})
+    if student:
+        update["student"] = config.student.model_copy(update={"dtype": _dtype_name(student)})
+    return config.model_copy(update=update)
+
+
+def _check_given(config: RunConfig, checked: Checked, given: Given) -> None:
     """Refuse parts that would work, but not together."""
     writes = bool(checked.prompts or checked.tasks)
     if writes and given.trainer is not None and given.sampler is None and not isinstance(given.trainer, LocalTrainer):
@@ -156,6 +221,16 @@ def _check_given(checked: Checked, given: Given) -> None:
             remedy="pass trainer=... too",
         )
     for name, teacher in (given.teachers or {}).items():
+        temperature = getattr(teacher, "temperature", 1.0)
+        if temperature != config.sampling.temperature:
+            raise ConfigError(
+                f"teacher {name!r}",
+                got=f"log-probabilities at temperature {temperature}, sampling.temperature = "
+                f"{config.sampling.temperature}",
+                expected="one temperature: the reverse KL would compare two different distributions",
+                remedy="set sampling.temperature = 1; or give the teacher an attribute `temperature`, and let it score "
+                "at that",
+            )
         if "hidden" in teacher.kinds and not hasattr(teacher, "head"):
             raise ConfigError(
                 f"teacher {name!r}",
@@ -225,8 +300,10 @@ def _teachers(
     resolved: dict[str, TeacherConfig] = {}
     for name, teacher_config in config.all_teachers.items():
         prompts = [p for p in checked.prompts if p.teacher == name]
-        teachers[name], dtype = _load_teacher(teacher_config, config, checked, student, sampler, prompts)
+        teacher, dtype = _load_teacher(teacher_config, config, checked, student, sampler, prompts)
+        teachers[name] = teacher
         resolved[name] = teacher_config.model_copy(update={"dtype": dtype})
+        log.info("teacher %s: %s on %s", teacher_config.model, dtype, teacher.model.device)
     default = resolved.pop("default", None)
     return teachers, config.model_copy(update={"teacher": default, "teachers": resolved})
 
@@ -252,15 +329,15 @@ def _load_teacher(
 
     if teacher.dtype != "auto":
         return load(getattr(torch, teacher.dtype)), teacher.dtype
-    if _too_large_to_compare(teacher.model, device):
+    shape = meta_shape(teacher.model, role="teacher")
+    if student is not None and shape == student.shape:
+        log.info("teacher %s has the student's shape: scored in the student's dtype", teacher.model)
+        return load(student.dtype), _dtype_name(student)
+    if _too_large_to_compare(sum(shape), device):
         log.info("teacher %s in bfloat16: two precisions of it do not fit in memory to be compared", teacher.model)
         return load(torch.bfloat16), "bfloat16"
     loaded = load(torch.float32)
-    if student is not None and loaded.model.shape == student.shape:
-        name = str(student.dtype).removeprefix("torch.")
-        log.info("teacher %s has the student's shape: scored in its dtype, %s", teacher.model, name)
-        return (loaded if student.dtype == torch.float32 else load(student.dtype)), name
-    large = loaded.model.num_parameters() >= _BF16_MIN_PARAMETERS
+    large = sum(shape) >= _BF16_MIN_PARAMETERS
     if not (large and fast_bfloat16(device) and prompts):
         return loaded, "float32"
     half = load(torch.bfloat16)
@@ -276,12 +353,11 @@ def _load_teacher(
     return (half, "bfloat16") if chosen else (loaded, "float32")
 
 
-def _too_large_to_compare(model: str, device: torch.device) -> bool:
+def _too_large_to_compare(num_parameters: int, device: torch.device) -> bool:
     """Whether a float32 and a bfloat16 copy would not fit on this GPU (a CPU has the host's memory)."""
     if device.type != "cuda":
         return False
-    needed = 6 * count_parameters(model)
-    return needed > 0.8 * torch.cuda.mem_get_info(device)[0]
+    return 6 * num_parameters > 0.8 * torch.cuda.mem_get_info(device)[0]
 
 
 def _precision_error(

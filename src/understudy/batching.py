@@ -97,7 +97,7 @@ def micro_batches(
 ) -> list[Batch]:
     """Examples -> batches of at most ``micro_batch_tokens`` tokens and one teacher each; see ``plan_batches``.
     ``dtype`` is
-    that of log-probabilities and advantages."""
+    that of log-probabilities and advantages. All tensors are on ``device`` but ``teacher_hidden``: see ``Batch``."""
     batches: list[Batch] = []
     for teacher in sorted({example.teacher for example in examples}):
         own = [example for example in examples if example.teacher == teacher]
@@ -125,7 +125,7 @@ def _make_batch(
         loss_mask=column("loss_mask", torch.bool),
         sampler_logprobs=column("sampler_logprobs", dtype) if has_policy else None,
         advantages=column("advantages", dtype) if has_policy else None,
-        teacher_hidden=None if hidden is None else torch.cat(hidden).to(device),
+        teacher_hidden=None if hidden is None else torch.cat(hidden).cpu(),
         teacher=examples[0].teacher,
         sequence_tokens=sum(len(e.prompt_ids) + len(e.completion_ids) for e in examples),
     )

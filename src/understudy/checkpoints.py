@@ -1,8 +1,7 @@
 """Checkpoints that are either whole or not there.
 
 A checkpoint is written beside its final place, flushed to disk, and renamed; a crash leaves at most a ``.partial``
-folder,
-which the next run removes.
+folder, which the next run removes.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +101,16 @@ def write_atomic(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """``write_atomic`` for JSON; NaN and infinity are refused."""
     write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """``write_atomic`` for rows, one JSON object per line; NaN and infinity are refused."""
+    write_atomic(path, jsonl(rows))
+
+
+def jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as the text of a JSONL file."""
+    return "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
 
 
 def flush_tree(folder: Path) -> None:

@@ -16,7 +16,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 import understudy
-from understudy.config import RunConfig, field_rows
+from understudy.config import EvalTaskConfig, RunConfig, field_rows
 from understudy.errors import ConfigError, UnderstudyError
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help=_OVERRIDES_
 Run = Annotated[Path, Parameter(help="The TOML file that describes the run.", show_default=False)]
 Resume = Annotated[bool, Parameter(negative="", help="Continue the interrupted run in output_dir.")]
 Smoke = Annotated[
-    bool, Parameter(negative="", help="Two tiny steps into <output_dir>-smoke: does it work from end to end?")
+    bool,
+    Parameter(negative="", help="Two tiny steps into <output_dir>-smoke (an earlier smoke run there is replaced)."),
 ]
 
 app = App(
@@ -56,7 +57,7 @@ def distill(run: Run, /, *overrides: Overrides, resume: Resume = False, smoke: S
     """
     from understudy import api
 
-    return _finish(api.distill(_config(run, overrides, smoke), resume=resume), run)
+    return _finish(api.distill(_config(run, overrides, smoke, resume), resume=resume), run)
 
 
 @app.command
@@ -69,7 +70,7 @@ def rl(run: Run, /, *overrides: Overrides, resume: Resume = False, smoke: Smoke 
     """
     from understudy import api
 
-    return _finish(api.rl(_config(run, overrides, smoke), resume=resume), run)
+    return _finish(api.rl(_config(run, overrides, smoke, resume), resume=resume), run)
 
 
 @app.command
@@ -82,11 +83,11 @@ def sft(run: Run, /, *overrides: Overrides, resume: Resume = False, smoke: Smoke
     """
     from understudy import api
 
-    return _finish(api.sft(_config(run, overrides, smoke), resume=resume), run)
+    return _finish(api.sft(_config(run, overrides, smoke, resume), resume=resume), run)
 
 
 @app.command
-def generate(run: Run, /, *overrides: Overrides, smoke: Smoke = False) -> int:
+def generate(run: Run, /, *overrides: Overrides, resume: Resume = False, smoke: Smoke = False) -> int:
     """Let [teacher] answer [prompts]: rows for `sft`, in <output_dir>/samples.jsonl.
 
     For example:
@@ -95,7 +96,7 @@ def generate(run: Run, /, *overrides: Overrides, smoke: Smoke = False) -> int:
     """
     from understudy import api
 
-    result = api.generate(_config(run, overrides, smoke))
+    result = api.generate(_config(run, overrides, smoke, resume), resume=resume)
     print(f"{result.metrics['samples']} completions in {result.folder / 'samples.jsonl'}")
     return 0
 
@@ -216,9 +217,27 @@ def report(*runs: Path) -> int:
     return 0
 
 
-def _config(path: Path, overrides: tuple[str, ...], smoke: bool) -> RunConfig:
+def _config(path: Path, overrides: tuple[str, ...], smoke: bool, resume: bool = False) -> RunConfig:
     config = RunConfig.from_toml(path, parse_overrides(overrides))
-    return smoke_config(config) if smoke else config
+    if smoke:
+        config = smoke_config(config)
+        if not resume:
+            _remove_smoke_run(Path(config.output_dir))
+    return config
+
+
+def _remove_smoke_run(folder: Path) -> None:
+    """Make room where an earlier smoke run was. Anything else stays, and is refused as ever."""
+    from understudy.runs import remove_run
+
+    try:
+        stored = RunConfig.from_toml(folder / "config.toml")
+    except ConfigError:
+        return
+    # A smoke run's configuration is one that smoke would not make smaller.
+    smaller = smoke_config(stored).model_copy(update={"output_dir": stored.output_dir})
+    if Path(stored.output_dir).name == folder.name and stored == smaller:
+        remove_run(folder)
 
 
 def parse_overrides(tokens: tuple[str, ...]) -> dict[str, str]:
@@ -240,22 +259,31 @@ def parse_overrides(tokens: tuple[str, ...]) -> dict[str, str]:
 
 
 def smoke_config(config: RunConfig) -> RunConfig:
-    """The same run in miniature: two steps of a few short completions, evaluations on eight rows."""
+    """The same run in miniature: two steps of a few short completions, evaluations on eight rows. Nothing grows."""
     sampling = config.sampling
+
+    def at_most(value: int | None, most: int) -> int:
+        return most if value is None else min(value, most)
+
+    def smaller_task(task: EvalTaskConfig) -> EvalTaskConfig:
+        length = task.max_completion_tokens and min(task.max_completion_tokens, 32)
+        return task.model_copy(update={"limit": at_most(task.limit, 8), "max_completion_tokens": length})
+
     small: Mapping[str, Any] = {
         "group_size": min(sampling.group_size, 2),
         "groups_per_batch": min(sampling.groups_per_batch, 4),
         "max_completion_tokens": min(sampling.max_completion_tokens, 32),
     }
-    tasks = tuple(task.model_copy(update={"limit": 8}) for task in config.evaluation.tasks)
-    prompts = config.prompts and config.prompts.model_copy(update={"limit": 16})
+    tasks = tuple(smaller_task(task) for task in config.evaluation.tasks)
+    prompts = config.prompts and config.prompts.model_copy(update={"limit": at_most(config.prompts.limit, 16)})
+    supervised, optim = config.supervised, config.optim
     return config.model_copy(
         update={
             "output_dir": f"{config.output_dir}-smoke",
             "prompts": prompts,
             "sampling": sampling.model_copy(update=small),
-            "supervised": config.supervised.model_copy(update={"batch_size": 4}),
-            "optim": config.optim.model_copy(update={"num_steps": 2, "warmup_steps": 0}),
+            "supervised": supervised.model_copy(update={"batch_size": at_most(supervised.batch_size, 4)}),
+            "optim": optim.model_copy(update={"num_steps": at_most(optim.num_steps, 2), "warmup_steps": 0}),
             "evaluation": config.evaluation.model_copy(update={"tasks": tasks}),
         }
     )
@@ -292,6 +320,6 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
-        console.print("interrupted; a run goes on from its last checkpoint with the same command and --resume")
+        console.print("interrupted; a run goes on from what it last saved with the same command and --resume")
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)

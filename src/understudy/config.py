@@ -43,7 +43,8 @@ class StudentConfig(Section):
     model: str
     """Hub id or folder of a causal language model."""
     dtype: Dtype = "auto"
-    """Weights' precision. auto: float32 (one master copy), or bfloat16 under adapters on a GPU."""
+    """Weights' precision. auto: float32 (one master copy), or bfloat16 under adapters on a GPU; in `eval`: bfloat16 on
+    a GPU that is fast at it."""
     device: str = "auto"
     """auto: cuda, then mps, then cpu."""
     lora: LoraConfig | None = None
@@ -59,7 +60,8 @@ class TeacherConfig(Section):
     """Hub id or folder of a causal language model with the student's token-to-id map."""
     dtype: Dtype = "auto"
     """auto: the student's dtype for a model of the student's shape (an earlier self); else bfloat16 where the hardware
-    is fast at it and its measured error is far below the reverse KL; else float32."""
+    is fast at it and its measured error is far below the reverse KL; else float32. In `generate`: bfloat16 on a GPU
+    that is fast at it, else float32."""
     device: str = "auto"
     """auto: the student's device."""
 
@@ -69,8 +71,8 @@ class RowsConfig(Section):
 
     path: str
     """A .jsonl or .parquet file, or a hub dataset id. Rows: {"prompt": text} or {"messages": [...]}, optional "answer",
-    "task", "teacher", "teacher_prompt"; for `sft`: {"prompt", "completion"}, {"messages"} ending with the assistant, or
-    {"text"} (a document)."""
+    "task", "teacher", "teacher_prompt"; for `sft`: {"prompt", "completion"}, {"messages"} ending with the assistant,
+    {"messages", "completion"}, or {"text"} (a document)."""
     subset: str | None = None
     """Configuration name, for hub datasets that have several."""
     split: str = "train"
@@ -82,7 +84,7 @@ class RowsConfig(Section):
     over_long: Literal["error", "skip"] = "error"
     """What to do with rows that do not fit the model's context."""
     system_prompt: str | None = None
-    """Put before every row's messages (rows with "messages" only)."""
+    """Put before every row's messages (rows with "messages" only); refused where a row brings a system message."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to the chat template, e.g. {enable_thinking = false}."""
 
@@ -153,11 +155,11 @@ class OptimConfig(Section):
     num_steps: int = Field(default=100, ge=1)
     """Optimizer steps."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After warm-up; linear and cosine end at final_fraction of the peak."""
+    """After warm-up; linear and cosine fall towards final_fraction of the peak and reach it one step after the last."""
     warmup_steps: int = Field(default=0, ge=0)
     """Linear warm-up."""
     final_fraction: float = Field(default=0.0, ge=0, le=1)
-    """Where linear and cosine end, as a share of the peak."""
+    """What linear and cosine fall towards, as a share of the peak: the rate that a step after the last would have."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates."""
     eps: float = Field(default=1e-8, gt=0)
@@ -224,7 +226,7 @@ class RunConfig(Section):
     output_dir: str
     """The run's folder: new or empty, or continued with --resume."""
     seed: int = Field(default=0, ge=0)
-    """All randomness derives from it."""
+    """All randomness of training and `generate` derives from it. Evaluations draw the same numbers whatever it is."""
     num_threads: int = Field(default=0, ge=0)
     """CPU threads of torch; 0: leave torch's choice. Set 1 per process on shared machines."""
     student: StudentConfig

@@ -3,6 +3,8 @@
 Convention (the one papers on distillation use): a token costs 2N FLOPs forward, 2N more for the gradient of activations
 and 2 per *trainable* weight for the gradient of weights, so 6N in full fine-tuning; N counts the matrices a token is
 multiplied with, the LM head included. Attention scores are left out. Sampling pays for the prompt once per completion.
+
+Seconds are wall time. On CUDA the clock is read when the device is done: each role pays for its own kernels.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from understudy.backends.protocols import Sampler, Teacher, Trainer
 from understudy.config import SamplingConfig
@@ -27,6 +31,15 @@ def forward_flops(num_matmul_parameters: int, num_tokens: int) -> float:
 def training_flops(num_matmul_parameters: int, num_trainable: int, num_tokens: int) -> float:
     """Forward, gradient of activations, gradient of the trainable weights."""
     return (4.0 * num_matmul_parameters + 2.0 * num_trainable) * num_tokens
+
+
+def _now() -> float:
+    """A clock that waits for queued CUDA work, which would else be billed to whichever role waits for it next."""
+    if torch.cuda.is_initialized():
+        for device in range(torch.cuda.device_count()):
+            if torch.cuda.memory_reserved(device):  # to touch a device that is not in use takes memory there
+                torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @dataclass
@@ -79,9 +92,9 @@ class MeteredSampler:
 
     def sample(self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, seed: int) -> list[list[Rollout]]:
         """See ``Sampler.sample``."""
-        start = time.perf_counter()
+        start = _now()
         groups = self._sampler.sample(prompts, sampling, seed=seed)
-        seconds = time.perf_counter() - start
+        seconds = _now() - start
         tokens = sum(len(r.prompt.prompt_ids) + len(r.completion_ids) for group in groups for r in group)
         self._costs.add(self._role, tokens=tokens, flops=forward_flops(self._size, tokens), seconds=seconds)
         return groups
@@ -100,9 +113,9 @@ class MeteredTeacher:
 
     def score(self, sequences: Sequence[TokenSequence], kind: ScoreKind, *, topk: int = 0) -> list[Scores]:
         """See ``Teacher.score``."""
-        start = time.perf_counter()
+        start = _now()
         scores = self._teacher.score(sequences, kind, topk=topk)
-        seconds = time.perf_counter() - start
+        seconds = _now() - start
         tokens = sum(len(s.prompt_ids) + len(s.completion_ids) for s in sequences)
         flops = forward_flops(self._size, tokens)
         self._costs.add("teacher_scoring", tokens=tokens, flops=flops, seconds=seconds)
@@ -121,9 +134,9 @@ class MeteredTrainer:
 
     def forward_backward(self, batch: Batch, objective: Objective) -> LossOutput:
         """See ``Trainer.forward_backward``."""
-        start = time.perf_counter()
+        start = _now()
         output = self._trainer.forward_backward(batch, objective)
-        seconds = time.perf_counter() - start
+        seconds = _now() - start
         tokens = batch.sequence_tokens
         flops = training_flops(*self._sizes, tokens)
         self._costs.add("student_training", tokens=tokens, flops=flops, seconds=seconds)
@@ -131,9 +144,9 @@ class MeteredTrainer:
 
     def optimizer_step(self, *, learning_rate: float, num_tokens: int) -> Mapping[str, float]:
         """See ``Trainer.optimizer_step``."""
-        start = time.perf_counter()
+        start = _now()
         metrics = self._trainer.optimizer_step(learning_rate=learning_rate, num_tokens=num_tokens)
-        self._costs.add("student_training", tokens=0, flops=0.0, seconds=time.perf_counter() - start)
+        self._costs.add("student_training", tokens=0, flops=0.0, seconds=_now() - start)
         return metrics
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from understudy.losses import DIVERGENCE_METRICS, DivergenceKind, Reduction, divergence_columns
+from understudy.types import LossOutput
+
 # Logits held at once, in numbers: 2**25 float32 are 128 MiB. Larger inputs go through in slices, recomputed backwards.
 MAX_LOGITS = 2**25
 
@@ -30,6 +33,8 @@ class LMHead:
 
     def sliced(self, vocab_size: int) -> LMHead:
         """The head over the first ``vocab_size`` ids only."""
+        if vocab_size == self.weight.shape[0]:
+            return self
         bias = None if self.bias is None else self.bias[:vocab_size]
         return LMHead(self.weight[:vocab_size], bias, self.softcap, self.scale)
 
@@ -42,6 +47,11 @@ class LMHead:
     def logprobs(self, hidden: Tensor, *, temperature: float = 1.0) -> Tensor:
         """[N, H] -> [N, V] log-softmax of logits / temperature."""
         return torch.log_softmax(self.logits(hidden) / temperature, dim=-1)
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.weight.shape[0]
 
 
 def selected_logprobs(
@@ -65,13 +75,55 @@ def head_logprobs(head: LMHead, hidden: Tensor, target_ids: Tensor, *, temperatu
         logits = head.logits(hidden) / temperature
         return logits.gather(-1, target_ids[:, None])[:, 0] - logits.logsumexp(-1)
 
-    return torch.cat(in_slices(piece, (hidden, target_ids), head.weight.shape[0]))
+    return torch.cat(in_slices(piece, (hidden, target_ids), head.vocab_size))
+
+
+def divergence_from_hidden(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    loss_mask: Tensor,
+    *,
+    kind: DivergenceKind = "reverse_kl",
+    reduction: Reduction = "sum",
+) -> LossOutput:
+    """``distribution_divergence`` of two heads' outputs: [N, H_s], [V, H_s], [N, H_t], [V, H_t], [N] -> scalar.
+
+    Raises:
+        ValueError: a kind other than "reverse_kl".
+    """
+    if kind != "reverse_kl":
+        raise ValueError(f"got kind {kind!r}; expected 'reverse_kl'")
+    output = head_divergence(LMHead(student_weight), LMHead(teacher_weight), student_hidden, teacher_hidden, loss_mask)
+    return LossOutput(output.loss / loss_mask.sum(), output.metrics) if reduction == "mean" else output
+
+
+def head_divergence(
+    student_head: LMHead,
+    teacher_head: LMHead,
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    loss_mask: Tensor,
+    *,
+    temperature: float = 1.0,
+) -> LossOutput:
+    """``divergence_from_hidden`` for two ``LMHead``s, which may sit on different devices."""
+
+    def piece(student_hidden: Tensor, teacher_hidden: Tensor, loss_mask: Tensor) -> Tensor:
+        with torch.no_grad():
+            teacher_logits = teacher_head.logits(teacher_hidden.to(teacher_head.weight.device)) / temperature
+        student_logits = student_head.logits(student_hidden) / temperature
+        return divergence_columns(student_logits, teacher_logits.to(student_logits.device), loss_mask).sum(0)
+
+    inputs = (student_hidden, teacher_hidden, loss_mask)
+    columns = torch.stack(in_slices(piece, inputs, student_head.vocab_size)).sum(0)
+    return LossOutput(columns[0], dict(zip(DIVERGENCE_METRICS, columns.tolist(), strict=True)))
 
 
 def in_slices(piece: Callable[..., Tensor], inputs: Sequence[Tensor], vocab_size: int) -> list[Tensor]:
     """``piece`` over slices of ``inputs`` ([N, ...] each) that hold at most MAX_LOGITS logits; the backward pass
-    recomputes
-    a slice instead of keeping its logits. One slice runs plainly."""
+    recomputes a slice instead of keeping its logits. One slice runs plainly."""
     rows = max(1, MAX_LOGITS // vocab_size)
     slices = list(zip(*(tensor.split(rows) for tensor in inputs), strict=True))
     if len(slices) <= 1:

@@ -16,7 +16,8 @@ from torch import Tensor
 from understudy.types import LossOutput
 
 Reduction = Literal["sum", "mean"]
-REVERSE_KL_METRICS = ("reverse_kl_full", "student_entropy", "teacher_entropy")
+DivergenceKind = Literal["reverse_kl"]
+DIVERGENCE_METRICS = ("reverse_kl_full", "student_entropy", "teacher_entropy")
 
 
 def _reduce(per_token: Tensor, loss_mask: Tensor, reduction: Reduction) -> Tensor:
@@ -66,32 +67,53 @@ def cross_entropy_loss(trainer_logprobs: Tensor, loss_mask: Tensor, *, reduction
     return LossOutput(_reduce(-trainer_logprobs, loss_mask, reduction), {})
 
 
-def reverse_kl_divergence(
-    student_logprobs: Tensor, teacher_logprobs: Tensor, loss_mask: Tensor, *, reduction: Reduction = "sum"
+def distribution_divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    loss_mask: Tensor,
+    *,
+    kind: DivergenceKind = "reverse_kl",
+    reduction: Reduction = "sum",
 ) -> LossOutput:
-    """Exact KL(student || teacher) per position, summed: ``sum_v p_v (log p_v - log q_v)``.
+    """Exact divergence per position between two distributions over the vocabulary, summed over the mask.
 
     Args:
-        student_logprobs: [N, V] log-softmax, with gradient.
-        teacher_logprobs: [N, V] log-softmax, detached here.
+        student_logits: [N, V], with gradient; divided by the temperature already.
+        teacher_logits: [N, V], detached here.
         loss_mask: [N] bool.
+        kind: "reverse_kl", ``KL(student || teacher) = sum_v p_v (log p_v - log q_v)``.
 
     Its gradient equals the expectation of the sampled estimator's at discount 0 (states held fixed), with less variance
-    (GKD on student states, arXiv 2306.13649). Entries where the student's probability is 0 contribute 0.
+    (GKD on student states, arXiv 2306.13649). Metrics (sums): DIVERGENCE_METRICS.
 
-    Metrics (sums): REVERSE_KL_METRICS.
+    Raises:
+        ValueError: another kind.
     """
+    if kind != "reverse_kl":
+        raise ValueError(f"got kind {kind!r}; expected 'reverse_kl'")
+    columns = divergence_columns(student_logits, teacher_logits, loss_mask).sum(0)
+    loss = columns[0] / loss_mask.sum() if reduction == "mean" else columns[0]
+    return LossOutput(loss, dict(zip(DIVERGENCE_METRICS, columns.tolist(), strict=True)))
+
+
+def divergence_columns(student_logits: Tensor, teacher_logits: Tensor, loss_mask: Tensor) -> Tensor:
+    """[N, V], [N, V], [N] -> [N, 3]: reverse KL (with gradient), student's entropy, teacher's; 0 where masked."""
+    student_logprobs = _log_softmax(student_logits)
+    teacher_logprobs = _log_softmax(teacher_logits.detach())
     probabilities = student_logprobs.exp()
     # The gap is a constant: differentiating it adds the gradient of sum_v p_v = 1, which is zero but for rounding, and
     # Adam would blow that rounding up to whole steps where student and teacher agree.
     gap = (student_logprobs - teacher_logprobs).detach()
-    # 0 * (-inf - x) is NaN in floating point but 0 in the limit; both entropies share the convention. Masked rows may
+    # 0 * (-inf - x) is NaN in floating point but 0 in the limit; the entropies share the convention. Masked rows may
     # hold anything.
     gap = torch.where((probabilities > 0) & loss_mask[:, None], gap, 0.0)
-    per_token = (probabilities * gap).sum(-1)
-    columns = (per_token, _entropy(student_logprobs), _entropy(teacher_logprobs))
-    metrics = {name: _masked_sum(column, loss_mask) for name, column in zip(REVERSE_KL_METRICS, columns, strict=True)}
-    return LossOutput(_reduce(per_token, loss_mask, reduction), metrics)
+    columns = [(probabilities * gap).sum(-1), _entropy(student_logprobs), _entropy(teacher_logprobs)]
+    return torch.where(loss_mask[:, None], torch.stack(columns, dim=-1), 0.0)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """In float32 or wider."""
+    return torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def _entropy(logprobs: Tensor) -> Tensor:

@@ -6,16 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from understudy.lm_head import LMHead, head_logprobs, in_slices
-from understudy.losses import (
-    REVERSE_KL_METRICS,
-    cross_entropy_loss,
-    importance_sampling_loss,
-    reverse_kl_divergence,
-)
+from understudy.lm_head import LMHead, head_divergence, head_logprobs
+from understudy.losses import cross_entropy_loss, importance_sampling_loss
 from understudy.types import Batch, LossOutput
 
 
@@ -59,20 +53,15 @@ class FullReverseKL:
     def __call__(self, batch: Batch, hidden: Tensor, head: LMHead) -> LossOutput:
         if batch.teacher_hidden is None:
             raise ValueError("the full reverse KL needs the teacher's hidden states; got a batch without them")
-        teacher_head = self.teacher_heads[batch.teacher]
-
-        def piece(student_hidden: Tensor, teacher_hidden: Tensor, loss_mask: Tensor) -> Tensor:
-            with torch.no_grad():
-                teacher_logprobs = teacher_head.logprobs(teacher_hidden, temperature=self.temperature)
-            student_logprobs = head.logprobs(student_hidden, temperature=self.temperature)
-            output = reverse_kl_divergence(student_logprobs, teacher_logprobs.to(student_logprobs.device), loss_mask)
-            metrics = output.loss.new_tensor([output.metrics[name] for name in REVERSE_KL_METRICS])
-            return torch.cat([output.loss[None], metrics])[None]
-
-        inputs = (hidden, batch.teacher_hidden, batch.loss_mask)
-        loss, *metrics = torch.cat(in_slices(piece, inputs, head.weight.shape[0])).sum(0)
-        named = zip(REVERSE_KL_METRICS, metrics, strict=True)
-        return LossOutput(self.kl_coef * loss, {name: float(value.detach()) for name, value in named})
+        output = head_divergence(
+            head,
+            self.teacher_heads[batch.teacher],
+            hidden,
+            batch.teacher_hidden,
+            batch.loss_mask,
+            temperature=self.temperature,
+        )
+        return LossOutput(self.kl_coef * output.loss, output.metrics)
 
 
 @dataclass(frozen=True)

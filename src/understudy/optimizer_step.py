@@ -14,7 +14,10 @@ from understudy.types import Batch
 
 
 def learning_rate_at(optim: OptimConfig, step: int) -> float:
-    """The learning rate of step ``step`` (0-based): linear warm-up, then the schedule down to its final fraction."""
+    """The learning rate of step ``step`` (0-based): linear warm-up, then the schedule down to its final fraction.
+
+    The final fraction belongs to the step after the last, so that a final fraction of 0 wastes no step.
+    """
     if step < optim.warmup_steps:
         return optim.learning_rate * (step + 1) / optim.warmup_steps
     if optim.schedule == "constant":
@@ -32,10 +35,10 @@ def optimizer_step(
     """One update over the whole window of micro-batches.
 
     Sums are added up and divided once by the window's token count, so that the split changes nothing. Returns token
-    means
-    of the objective's metrics, maxima of ``*_max`` ones, ``loss``, ``grad_norm`` and ``tokens``.
+    means of the objective's metrics, maxima of ``*_max`` ones, ``loss``, ``grad_norm`` and ``tokens``.
 
-    Raises RunError when nothing trains or the loss is not finite; the weights are then untouched.
+    Raises RunError when nothing trains or the loss is not finite; the weights are then untouched, but the trainer still
+    holds the gradients of this window: the run ends here, and goes on from a checkpoint.
     """
     num_tokens = sum(batch.num_tokens for batch in batches)
     if num_tokens == 0:
@@ -51,7 +54,11 @@ def optimizer_step(
             else:
                 sums[name] += value
     if not math.isfinite(sums["loss"]):
-        raise RunError(f"the loss is {sums['loss']}; expected a finite number. Lower optim.learning_rate and resume")
+        raise RunError(
+            f"the loss is {sums['loss']}; expected a finite number. The cause is a teacher that gives a token "
+            "probability zero where the student does not (use another teacher), or weights that overflowed (lower "
+            "optim.learning_rate in a new run)"
+        )
     step_metrics = trainer.optimizer_step(learning_rate=learning_rate, num_tokens=num_tokens)
     means = {name: value / num_tokens for name, value in sums.items()}
     return means | maxima | dict(step_metrics) | {"tokens": num_tokens}

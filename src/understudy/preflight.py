@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from understudy.backends.loading import pick_device
+from understudy.checkpoints import jsonl
 from understudy.config import EvalTaskConfig, RowsConfig, RunConfig, SamplingConfig
 from understudy.errors import ConfigError
 from understudy.evaluation import EvalTask
 from understudy.prompts import load_prompts
 from understudy.rows import Row, read_rows
 from understudy.tasks import GRADERS, Grader, load_grader
-from understudy.tokenization import ModelText, check_same_tokens, load_text, resolve_stop_ids
+from understudy.tokenization import ModelText, adapter_base, check_same_tokens, load_text, resolve_stop_ids
 from understudy.types import Prompt
 
 Method = Literal["distill", "rl", "sft", "generate", "eval"]
@@ -42,6 +46,7 @@ def check_run(config: RunConfig, method: Method, *, grader: Grader | None = None
     ``grader`` stands in for [reward].
     """
     _check_sections(config, method, brought_grader=grader is not None)
+    _check_machine(config, method)
     if grader is None and config.reward and method in ("distill", "rl"):
         grader = load_grader(config.reward.grader)
     tasks = () if method == "generate" else config.evaluation.tasks
@@ -54,16 +59,47 @@ def check_run(config: RunConfig, method: Method, *, grader: Grader | None = None
         prompts = load_prompts(config.prompts, student, teachers, max_completion_tokens=length)
     if config.prompts and grader is not None:
         _check_answers(prompts, grader, config.prompts)
+    rows = read_rows(config.prompts) if config.prompts and method in ("sft", "generate") else []
+    if method == "generate":
+        _check_writable(rows)
     return Checked(
         student=student,
         teachers=teachers,
         stop_ids=stop_ids,
         vocab_size=min(text.vocab_width for text in (student, *teachers.values())),
         prompts=prompts,
-        rows=read_rows(config.prompts) if config.prompts and method in ("sft", "generate") else [],
+        rows=rows,
         tasks=[_eval_task(config, task, own, student) for task, own in zip(tasks, graders, strict=True)],
         grader=grader,
     )
+
+
+def _check_machine(config: RunConfig, method: Method) -> None:
+    """What this machine lacks: devices that are named, and the package that adapters need."""
+    teachers = config.all_teachers.values() if method == "distill" else []
+    models = [config.teacher] if method == "generate" and config.teacher else [config.student, *teachers]
+    for device in {model.device for model in models} - {"auto"}:
+        pick_device(device)
+    lora = method != "generate" and config.student.lora is not None
+    adapters = [model.model for model in models if adapter_base(Path(model.model)) is not None]
+    if (lora or adapters) and importlib.util.find_spec("peft") is None:
+        raise ConfigError(
+            "student.lora" if lora else f"model {adapters[0]}",
+            got="the package `peft` is not installed",
+            expected="peft, for adapters",
+            remedy='pip install "understudy[lora]"',
+        )
+
+
+def _check_writable(rows: Sequence[Row]) -> None:
+    """`generate` copies its rows into a JSONL file; other formats hold values that have no form there."""
+    for row in rows:
+        try:
+            jsonl([row.values])
+        except (TypeError, ValueError) as error:
+            raise row.error(
+                str(error), "values that JSON can hold", "leave that column out, or write its values as text"
+            ) from None
 
 
 def _texts(config: RunConfig, method: Method) -> tuple[ModelText, dict[str, ModelText]]:

@@ -82,10 +82,10 @@ class ProgressSampler:
     A prompt must not stand twice in what it is given: pieces do not know of each other.
     """
 
-    def __init__(self, sampler: Sampler, name: str, *, num_prompts: int, quiet: bool = False) -> None:
+    def __init__(self, sampler: Sampler, name: str, *, num_prompts: int, done: int = 0, quiet: bool = False) -> None:
         self._sampler = sampler
-        self._done = 0
-        self._progress = StepProgress(name, first_step=0, num_steps=num_prompts, quiet=quiet)
+        self._done = done
+        self._progress = StepProgress(name, first_step=done, num_steps=num_prompts, quiet=quiet)
 
     def set_policy_version(self, version: int) -> None:
         """See ``Sampler.set_policy_version``."""
@@ -93,7 +93,7 @@ class ProgressSampler:
 
     def sample(self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, seed: int) -> list[list[Rollout]]:
         """See ``Sampler.sample``."""
-        size = max(1, 2 * sampling.max_batch_rows // sampling.group_size)
+        size = piece_size(sampling)
         groups: list[list[Rollout]] = []
         for start in range(0, len(prompts), size):
             groups += self._sampler.sample(prompts[start : start + size], sampling, seed=seed)
@@ -104,6 +104,11 @@ class ProgressSampler:
     def close(self) -> None:
         """End the display."""
         self._progress.close()
+
+
+def piece_size(sampling: SamplingConfig) -> int:
+    """Prompts in a piece: two batches, so that prompts of like lengths can decode together."""
+    return max(1, 2 * sampling.max_batch_rows // sampling.group_size)
 
 
 def summary(row: Mapping[str, Any]) -> str:

@@ -65,12 +65,19 @@ def with_system_prompt(messages: list[dict[str, str]], system_prompt: str | None
 
 
 def render_messages(row: Row, messages: list[dict[str, str]], config: RowsConfig, model: ModelText) -> list[int]:
-    """Messages as ``model`` reads them before it answers. Raises ConfigError without a chat template."""
+    """Messages as ``model`` reads them before it answers. Raises ConfigError without a chat template, or with two
+    system prompts."""
     if not model.tokenizer.chat_template:
         raise row.error(
             f'"messages", but the tokenizer of {model.name} has no chat template',
             "a chat template, or rows with a plain-text prompt",
             'use {"prompt": "..."} rows, or an instruction-tuned checkpoint\'s tokenizer',
+        )
+    if config.system_prompt and any(message["role"] == "system" for message in messages):
+        raise row.error(
+            "a system message, and system_prompt is set too",
+            "one system prompt",
+            "drop system_prompt, or take the message out of the row",
         )
     messages = with_system_prompt(messages, config.system_prompt)
     return model.render(messages, add_generation_prompt=True, template_kwargs=config.chat_template_kwargs)

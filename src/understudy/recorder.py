@@ -72,7 +72,8 @@ class Recorder:
         alternatives: Sequence[Any] = [None] * len(kept)
         if self._can_offer_alternatives():
             alternatives = score_rollouts(self._teachers, [s.rollout for s in kept], "topk", topk=config.topk)
-        columns = zip(kept, examples, self._trainer.compute_logprobs(sequences), alternatives, strict=False)
+        logprobs = self._trainer.compute_logprobs(sequences)
+        columns = zip(kept, examples[: len(kept)], logprobs, alternatives, strict=True)
         self._folder.save_rollouts(
             step,
             [

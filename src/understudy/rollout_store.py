@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from understudy.checkpoints import write_atomic
+from understudy.checkpoints import write_jsonl
 from understudy.types import ScoredRollout, TopkScores
 
 SCHEMA_VERSION = 1
@@ -76,7 +76,7 @@ def write_rollouts(folder: Path, step: int, records: Sequence[Mapping[str, Any]]
     """Write one step's records, all or none."""
     folder.mkdir(exist_ok=True)
     path = rollouts_path(folder, step)
-    write_atomic(path, "".join(json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n" for record in records))
+    write_jsonl(path, records)
     return path
 
 

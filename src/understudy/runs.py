@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 # What may change between a run and its continuation: how far, how often, how many. Everything else would silently make
 # another experiment of it.
 _RESUMABLE = ("num_threads", "optim.num_steps", "checkpoints", "evaluation", "rollouts")
+
+# Keys whose absence means "auto".
+_AUTO_WHEN_ABSENT = ("objective.reward_coef", "sampling.stop_token_ids")
 
 
 class RunFolder:
@@ -112,7 +116,7 @@ class RunFolder:
         held = [name for name in held if not name.endswith(".partial")]
         if held and not resume:
             is_run = "config.toml" in held
-            resumable = is_run and self.method in ("distill", "rl", "sft")
+            resumable = is_run and self.method != "eval"
             raise ConfigError(
                 f"output_dir {self.path}",
                 got="a run is already there" if is_run else f"a folder with {', '.join(sorted(held)[:4])}",
@@ -159,14 +163,15 @@ class RunFolder:
         def refuse(what: str, got: object, expected: str, remedy: str) -> None:
             raise ConfigError(f"--resume in {self.path}: {what}", got=str(got), expected=expected, remedy=remedy)
 
-        method = self.state.get("method", self.method)
+        method = self.state.get("method") or self._stored_method()
         if method != self.method:
             refuse("command", self.method, f"{method}, as the run began", f"use `understudy {method}`")
         for key in sorted(stored.keys() | given.keys()):
             old, new = stored.get(key), given.get(key)
             free = any(key == name or key.startswith(f"{name}.") for name in ("output_dir", *_RESUMABLE))
             # "auto" was resolved when the run began, and stays what it was resolved to.
-            if old != new and new != "auto" and not free:
+            auto = new == "auto" or (new is None and key in _AUTO_WHEN_ABSENT)
+            if old != new and not auto and not free:
                 began = "nothing" if old is None else repr(old)
                 remedy = f"restore {key}, or start a new run in another output_dir"
                 refuse(key, "nothing" if new is None else repr(new), f"{began}, as the run began", remedy)
@@ -177,6 +182,12 @@ class RunFolder:
                 f"at least {self.first_step}: so many steps are done",
                 "raise it, or drop --resume and choose another output_dir",
             )
+
+    def _stored_method(self) -> str:
+        """The command that began the run, as the header of its config.toml has it; else this one."""
+        first = (self.path / "config.toml").read_text(encoding="utf-8").partition("\n")[0]
+        header = re.fullmatch(r"# understudy (\w+), resolved", first)
+        return header[1] if header else self.method
 
     def write_config(self, config: RunConfig) -> None:
         """Store the resolved configuration; versions stand in its comments, so that it can be run as it is."""
@@ -213,6 +224,13 @@ class RunFolder:
         flush(self.metrics.path)  # a checkpoint must not outlive the rows before it
         keep = self.config.checkpoints.keep
         return save_checkpoint(self.checkpoints_path, step, trainer, tokenizer, extra, keep=keep)
+
+
+def remove_run(path: Path) -> None:
+    """Delete a run's folder, unless a process is writing there."""
+    with contextlib.suppress(BlockingIOError), (path / ".lock").open("w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path)
 
 
 def flat(config: RunConfig) -> dict[str, Any]:

@@ -37,17 +37,14 @@ def supervised_examples(
     """Rows -> examples. Raises ConfigError naming file and line.
 
     {"prompt", "completion"}: the completion trains. {"messages"} ending with the assistant: its last message trains.
-    {"text"}: every token but the first trains. Each ends with an end token, appended where the row does not bring one,
-    but for rows that `generate` marked "length": a teacher's cut answer is no place to learn to stop.
+    {"text"}: every token but the first trains. Each ends with one of ``stop_ids``, which takes the place of another end
+    token and is appended where the row does not bring one, but for rows that `generate` marked "length": a teacher's
+    cut answer is no place to learn to stop.
     """
     examples = []
     for row in rows:
         prompt_ids, completion_ids = _split(row, config, model)
-        truncated = row.values.get("finish_reason") == "length"
-        if completion_ids[-1] not in stop_ids and not truncated:
-            # Of several end tokens the tokenizer's own is what the model was taught to write.
-            own = model.tokenizer.eos_token_id
-            completion_ids = [*completion_ids, own if own in stop_ids else min(stop_ids)]
+        completion_ids = _ended(row, completion_ids, model, stop_ids)
         check_embedded(row, [*prompt_ids, *completion_ids], model)
         if len(prompt_ids) + len(completion_ids) > model.context_length:
             if config.over_long == "skip":
@@ -75,16 +72,24 @@ def _split(row: Row, config: RowsConfig, model: ModelText) -> tuple[list[int], l
         row.text("prompt"),
         row.text("completion"),
     )
-    if messages is not None and completion is None:
-        return _split_messages(row, messages, config, model)
+    given = {
+        name
+        for name, value in (("messages", messages), ("text", text), ("prompt", prompt), ("completion", completion))
+        if value is not None
+    }
+    if given not in ({"prompt", "completion"}, {"messages"}, {"messages", "completion"}, {"text"}):
+        raise row.error(
+            f"columns {sorted(row.values)}" if len(given) < 2 else f"both {' and '.join(map(repr, sorted(given)))}",
+            'one of: "prompt" and "completion"; "messages", alone or with "completion"; "text"',
+            'rename columns with prompts.columns; columns = {unused = "text"} puts one out of the way',
+        )
     if text is not None:
         ids = model.encode(text)
         if len(ids) < 2:
             raise row.error(f"{len(ids)} tokens", "at least two: the first is never predicted", "drop the row")
         return ids[:1], ids[1:]
-    if completion is None or (prompt is None) == (messages is None):
-        expected = '"prompt" and "completion", "messages", or "text"'
-        raise row.error(f"columns {sorted(row.values)}", expected, "rename columns with prompts.columns")
+    if completion is None:
+        return _split_messages(row, messages or [], config, model)
     prompt_ids = render_messages(row, messages, config, model) if messages else model.encode(prompt or "")
     return prompt_ids, model.encode_completion(completion)
 
@@ -110,12 +115,32 @@ def _split_messages(
             "the prompt's tokens as a prefix, so that the answer can be told apart",
             'give {"prompt", "completion"} rows instead, or fix chat_template_kwargs',
         )
-    return prompt_ids, _up_to_end(whole[len(prompt_ids) :], model)
+    return prompt_ids, whole[len(prompt_ids) :]
 
 
-def _up_to_end(completion_ids: list[int], model: ModelText) -> list[int]:
-    """Leave out what a template writes after the end token (often a newline): nothing exists after it."""
-    for position, token in enumerate(completion_ids):
-        if token in model.end_ids:
-            return completion_ids[: position + 1]
-    return completion_ids
+def _ended(row: Row, completion_ids: list[int], model: ModelText, stop_ids: frozenset[int]) -> list[int]:
+    """End with a stop id, and leave out the blanks that a template writes behind an end token.
+
+    Raises ConfigError for text behind the end of an answer: it would never be written. A document may hold several.
+    """
+    own = model.tokenizer.eos_token_id
+    ends = stop_ids | model.end_ids | ({own} if own is not None else frozenset())
+    places = [place for place, token in enumerate(completion_ids) if token in ends]
+    # Of several stop ids the tokenizer's own is what the model was taught to write.
+    stop = own if own in stop_ids else min(stop_ids)
+    end: int | None = None  # the first end token with nothing but blanks behind it
+    for place in reversed(places):
+        rest = [token for token in completion_ids[place + 1 :] if token not in ends]
+        if model.tokenizer.decode(rest, skip_special_tokens=True).strip():
+            break
+        end = place
+    if places and end != places[0] and row.values.get("text") is None:
+        raise row.error(
+            f"an answer that goes on after its end token {model.tokenizer.decode([completion_ids[places[0]]])!r}",
+            "nothing after the end token: nothing exists there when the student writes",
+            "split the row, or take the end token out of it",
+        )
+    if end is not None:
+        last = completion_ids[end]
+        return [*completion_ids[:end], last if last in stop_ids else stop]
+    return completion_ids if row.values.get("finish_reason") == "length" else [*completion_ids, stop]

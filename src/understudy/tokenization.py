@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,8 @@ def load_text(model: str, role: str) -> ModelText:
         if base is None or (folder / "config.json").exists():
             _check_folder(folder, role)
         else:
-            text = load_text(base, role)
-            return ModelText(model, text.tokenizer, text.vocab, text.vocab_width, text.end_ids, text.context_length)
+            text = replace(load_text(base, role), name=model)
+            return _with_own_tokenizer(text, folder, role) if _has_tokenizer(folder) else text
     try:
         config = AutoConfig.from_pretrained(model)
         tokenizer = AutoTokenizer.from_pretrained(model)
@@ -84,7 +84,8 @@ def load_text(model: str, role: str) -> ModelText:
     try:
         end = GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:  # no generation_config.json
-        end = config.eos_token_id
+        end = None
+    end = end if end is not None else config.eos_token_id
     end = end if end is not None else tokenizer.eos_token_id
     end_ids = frozenset() if end is None else frozenset([end] if isinstance(end, int) else end)
     context = getattr(config, "max_position_embeddings", None) or 2**31
@@ -97,13 +98,34 @@ def adapter_base(folder: Path) -> str | None:
     return json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"] if path.exists() else None
 
 
+def _has_tokenizer(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
+
+
+def _with_own_tokenizer(text: ModelText, folder: Path, role: str) -> ModelText:
+    """Adapters are often trained with another chat template than their base has, and keep it beside them."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{role} model {folder}",
+            got=str(error).strip().splitlines()[0],
+            expected="tokenizer files beside the adapters that transformers loads, or none",
+            remedy="remove them to read the base model's tokenizer",
+        ) from None
+    return replace(text, tokenizer=tokenizer, vocab=tokenizer.get_vocab())
+
+
 def _check_folder(folder: Path, role: str) -> None:
     if not folder.is_dir():
         raise ConfigError(
             f"{role} model {folder}",
             got="a file" if folder.exists() else "no such folder",
             expected="a folder written by save_pretrained, or a hub id like Qwen/Qwen3-8B-Base",
-            remedy=f"check the path (working folder: {Path.cwd()})",
+            remedy=f"check the path (working folder: {Path.cwd()}); a hub id without an owner, like gpt2, must be "
+            "given as openai-community/gpt2",
         )
     if not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
         raise ConfigError(
@@ -113,7 +135,7 @@ def _check_folder(folder: Path, role: str) -> None:
             remedy="point at the folder that holds config.json, for a run: runs/<name>/checkpoints/step_<n>",
         )
     # transformers would make an empty tokenizer of the model's type up.
-    if not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+    if not _has_tokenizer(folder):
         raise ConfigError(
             f"{role} model {folder}",
             got="a folder without a tokenizer",

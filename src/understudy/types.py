@@ -91,7 +91,8 @@ class TopkScores:
 class HiddenScores:
     """``SampledScores`` plus the teacher's last hidden states [T, H], from which its LM head gives every token's logit.
 
-    Enough for full-vocabulary objectives at H instead of V numbers per token.
+    Enough for full-vocabulary objectives at H instead of V numbers per token. Kept on the CPU: a step's worth of them
+    would fill a device.
     """
 
     teacher_logprobs: Sequence[float]
@@ -134,7 +135,8 @@ class Batch:
 
     ``token_index`` [N] points into the flattened [B * L] hidden states: entry n is the position that *predicts*
     ``target_ids[n]``. ``position_ids`` [1, L] is given for packed rows (several sequences in one row) only.
-    ``sequence_tokens`` counts prompts and completions, padding left out.
+    ``sequence_tokens`` counts prompts and completions, padding left out. ``teacher_hidden`` [N, H] waits on the CPU;
+    the trainer moves it to its own device with the micro-batch it belongs to.
     """
 
     input_ids: Tensor

@@ -72,7 +72,8 @@ def decode(
     """Complete every prompt: (completion ids, their log-probabilities) per row. ``uniforms`` [B, >= max_tokens].
 
     Prompts are padded on the left and the padding masked, so that all rows append to the cache together. Rows that have
-    ended leave the batch once they are an eighth of it (compacting the cache is not free).
+    ended leave the batch once they are an eighth of it (compacting the cache is not free) where the cache can drop
+    rows.
     """
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=model.device)
@@ -99,13 +100,20 @@ def decode(
         finished = finished | torch.isin(tokens, stop)
         if finished.all():
             break
-        if int(finished.sum()) * 8 >= len(rows):
+        if int(finished.sum()) * 8 >= len(rows) and _can_drop_rows(cache):
             keep = (~finished).nonzero()[:, 0]
             cache.batch_select_indices(keep)
             rows, tokens, mask, finished = rows[keep], tokens[keep], mask[keep], finished[keep]
         ids = tokens[:, None]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     return _per_row(written, len(prompts))
+
+
+def _can_drop_rows(cache: Any) -> bool:
+    """Whether every layer's state is keys and values. States of convolutions and linear attention (hybrids) cannot be
+    selected from, and layers with both inherit a selection that forgets the state."""
+    layers = getattr(cache, "layers", None) or [None]
+    return all(hasattr(layer, "batch_select_indices") and not hasattr(layer, "conv_states") for layer in layers)
 
 
 def _positions(mask: Tensor, length: int) -> Tensor:

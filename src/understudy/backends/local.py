@@ -3,9 +3,11 @@ weights."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from understudy.backends.loading import LanguageModel
 from understudy.batching import lay_out, plan_batches
 from understudy.config import OptimConfig, SamplingConfig
 from understudy.errors import RunError
-from understudy.lm_head import LMHead, head_logprobs
+from understudy.lm_head import LMHead, head_logprobs, in_slices
 from understudy.objectives import Objective
 from understudy.types import (
     Batch,
@@ -32,6 +34,15 @@ from understudy.types import (
     TokenSequence,
     TopkScores,
 )
+
+
+@contextlib.contextmanager
+def _enough_memory(work: str, remedy: str) -> Iterator[None]:
+    """Say which setting an out-of-memory error comes from."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(f"out of GPU memory while {work}; {remedy}") from error
 
 
 class LocalSampler:
@@ -68,16 +79,17 @@ class LocalSampler:
 
     def _rollouts(self, jobs: Sequence[tuple[Prompt, int]], sampling: SamplingConfig, seed: int) -> list[Rollout]:
         length = sampling.max_completion_tokens
-        completions = decode(
-            self._model,
-            [prompt.prompt_ids for prompt, _ in jobs],
-            np.stack([rollout_uniforms(seed, prompt.index, sample, length) for prompt, sample in jobs]),
-            stop_ids=self._stop_ids,
-            max_tokens=length,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-        )
+        with _enough_memory("sampling", f"lower sampling.max_batch_rows (now {sampling.max_batch_rows})"):
+            completions = decode(
+                self._model,
+                [prompt.prompt_ids for prompt, _ in jobs],
+                np.stack([rollout_uniforms(seed, prompt.index, sample, length) for prompt, sample in jobs]),
+                stop_ids=self._stop_ids,
+                max_tokens=length,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+            )
         return [
             Rollout(
                 prompt=prompt,
@@ -92,13 +104,14 @@ class LocalSampler:
 
 
 class LocalTeacher:
-    """Marks with one forward pass; the head runs on completion positions only."""
+    """Marks with one forward pass; the head runs on completion positions only. Hidden states come back on the CPU: a
+    step's worth of them would fill a device."""
 
     kinds: frozenset[ScoreKind] = frozenset({"sampled", "topk", "hidden"})
 
     def __init__(self, model: LanguageModel, *, temperature: float = 1.0, batch_tokens: int = 16384) -> None:
         self.model = model
-        self._temperature = temperature
+        self.temperature = temperature
         self._batch_tokens = batch_tokens
 
     @property
@@ -115,22 +128,35 @@ class LocalTeacher:
         """See ``Teacher.score``."""
         scores: list[Scores | None] = [None] * len(sequences)
         for chosen in plan_batches(sequences, max_tokens=self._batch_tokens):
-            layout = lay_out([sequences[i] for i in chosen], device=self.model.device)
-            hidden = self.model.hidden(layout.input_ids, use_cache=False).last_hidden_state
-            hidden = hidden.flatten(0, 1)[layout.token_index]
-            logprobs = head_logprobs(self.head, hidden, layout.target_ids, temperature=self._temperature)
-            lengths = [len(sequences[i].completion_ids) for i in chosen]
-            for i, own_hidden, own in zip(chosen, hidden.split(lengths), logprobs.split(lengths), strict=True):
-                scores[i] = self._scores(kind, own_hidden, own.tolist(), topk)
+            with _enough_memory("scoring", f"lower optim.micro_batch_tokens (now {self._batch_tokens})"):
+                for i, score in zip(chosen, self._batch([sequences[i] for i in chosen], kind, topk), strict=True):
+                    scores[i] = score
         return [score for score in scores if score is not None]
+
+    def _batch(self, sequences: Sequence[TokenSequence], kind: ScoreKind, topk: int) -> list[Scores]:
+        layout = lay_out(sequences, device=self.model.device)
+        hidden = self.model.hidden(layout.input_ids, use_cache=False).last_hidden_state
+        hidden = hidden.flatten(0, 1)[layout.token_index]
+        logprobs = head_logprobs(self.head, hidden, layout.target_ids, temperature=self.temperature)
+        hidden = hidden.cpu() if kind == "hidden" else hidden
+        lengths = [len(s.completion_ids) for s in sequences]
+        parts = zip(hidden.split(lengths), logprobs.split(lengths), strict=True)
+        return [self._scores(kind, own_hidden, own.tolist(), topk) for own_hidden, own in parts]
 
     def _scores(self, kind: ScoreKind, hidden: Tensor, logprobs: list[float], topk: int) -> Scores:
         if kind == "sampled":
             return SampledScores(logprobs)
         if kind == "hidden":
             return HiddenScores(logprobs, hidden)
-        best = self.head.logprobs(hidden, temperature=self._temperature).topk(min(topk, self.head.weight.shape[0]), -1)
-        return TopkScores(logprobs, best.indices.tolist(), best.values.tolist())
+        head = self.head
+        width = head.weight.shape[0]
+
+        def best(hidden: Tensor) -> Tensor:
+            values, ids = head.logprobs(hidden, temperature=self.temperature).topk(min(topk, width), -1)
+            return torch.stack([values, ids.to(values.dtype)])  # exact: float32 holds whole numbers up to 2**24
+
+        values, ids = torch.cat(in_slices(best, (hidden,), width), dim=1)
+        return TopkScores(logprobs, ids.long().tolist(), values.tolist())
 
 
 class LocalTrainer:
@@ -161,10 +187,13 @@ class LocalTrainer:
     def forward_backward(self, batch: Batch, objective: Objective) -> LossOutput:
         """See ``Trainer.forward_backward``."""
         inputs = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
-        output = self.model.hidden(batch.input_ids, use_cache=False, **inputs)
-        hidden = output.last_hidden_state.flatten(0, 1)[batch.token_index]
-        loss = objective(batch, hidden, self.model.head)
-        loss.loss.backward()
+        with _enough_memory("training", f"lower optim.micro_batch_tokens (now {self._batch_tokens})"):
+            output = self.model.hidden(batch.input_ids, use_cache=False, **inputs)
+            hidden = output.last_hidden_state.flatten(0, 1)[batch.token_index]
+            if batch.teacher_hidden is not None:  # on the CPU until its micro-batch has its turn
+                batch = replace(batch, teacher_hidden=batch.teacher_hidden.to(self.model.device))
+            loss = objective(batch, hidden, self.model.head)
+            loss.loss.backward()
         return LossOutput(loss.loss.detach(), loss.metrics)
 
     def optimizer_step(self, *, learning_rate: float, num_tokens: int) -> dict[str, float]:
@@ -181,7 +210,9 @@ class LocalTrainer:
             )
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        self._optimizer.step()
+        # Its state is made in the first step: two numbers per trained weight, whatever the batch.
+        with _enough_memory("updating the weights", "train adapters ([student.lora]) or a smaller student"):
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return {"grad_norm": norm}
 

@@ -65,18 +65,9 @@ def prepare(folder: Path, plan: Plan = FULL, *, seed: int = 0) -> None:
 
 def configs(folder: Path, plan: Plan = FULL, *, seed: int = 0) -> dict[str, tuple[str, RunConfig]]:
     """(command, configuration) of every phase, in order."""
-    chat_rows = count_rows(folder / "chats.jsonl")
-    last = {name: f"{name}/checkpoints/step_{plan.steps(name):06d}" for name in ("assistant", "midtrained")}
-    linear = {"schedule": "linear", "betas": [0.9, 0.98]}
-    on_instructions = {"prompts": {"path": str(folder / "instructions.jsonl")}}
-    recovery = {"num_steps": plan.recovery, "warmup_steps": 5, "betas": [0.9, 0.98]}
-    samples = {"group_size": 2, "groups_per_batch": SAMPLES_PER_STEP // 2, "max_completion_tokens": 16}
 
     def phase(name: str, student: str, **sections: Any) -> RunConfig:
-        tasks = [
-            {"name": task, "path": str(folder / f"test_{task}.jsonl")}
-            for task in ("instructions", "new_facts", "old_facts")
-        ]
+        tasks = [{"name": task, "path": str(folder / f"test_{task}.jsonl")} for task in _TASKS]
         tree: dict[str, Any] = {
             "output_dir": str(folder / name),
             "seed": seed,
@@ -88,61 +79,71 @@ def configs(folder: Path, plan: Plan = FULL, *, seed: int = 0) -> dict[str, tupl
         }
         return RunConfig.model_validate(tree | sections)
 
-    teacher = {"model": str(folder / last["assistant"])}
+    chats, documents, instructions, samples = (
+        {"path": str(folder / name)}
+        for name in ("chats.jsonl", "documents.jsonl", "instructions.jsonl", "samples/samples.jsonl")
+    )
+    begun, midtrained = (f"{n}/checkpoints/step_{plan.steps(n):06d}" for n in ("assistant", "midtrained"))
+    teacher = {"model": str(folder / begun)}
+    chat_rows = count_rows(folder / "chats.jsonl") // plan.assistant
+    optim = _optim(plan)
+    on_policy = {"prompts": instructions, "sampling": _SAMPLING, "teacher": teacher}
+    kept = {"every": plan.recovery, "per_step": 64}
     return {
         "assistant": (
             "sft",
             phase(
                 "assistant",
                 "models/untrained",
-                prompts={"path": str(folder / "chats.jsonl")},
-                supervised={"batch_size": chat_rows // plan.assistant},
-                optim=linear
-                | {
-                    "learning_rate": 3e-3,
-                    "num_steps": plan.assistant,
-                    "warmup_steps": 50,
-                    "final_fraction": 0.02,
-                    "weight_decay": 0.01,
-                },
+                prompts=chats,
+                supervised={"batch_size": chat_rows},
+                optim=optim["assistant"],
             ),
         ),
         "midtrained": (
             "sft",
             phase(
                 "midtrained",
-                last["assistant"],
-                prompts={"path": str(folder / "documents.jsonl")},
+                begun,
+                prompts=documents,
                 supervised={"batch_size": DOCUMENTS_PER_STEP},
-                optim=linear | {"learning_rate": 1e-3, "num_steps": plan.midtrained, "warmup_steps": 10},
+                optim=optim["midtrained"],
             ),
         ),
-        "distill": (
-            "distill",
-            phase(
-                "distill",
-                last["midtrained"],
-                teacher=teacher,
-                sampling=samples,
-                optim=recovery | {"learning_rate": 3e-4},
-                rollouts={"every": plan.recovery, "per_step": 64},
-                **on_instructions,
-            ),
-        ),
-        "samples": (
-            "generate",
-            phase("samples", last["assistant"], teacher=teacher, sampling=samples, **on_instructions),
-        ),
+        "distill": ("distill", phase("distill", midtrained, optim=optim["recovery"], rollouts=kept, **on_policy)),
+        "samples": ("generate", phase("samples", begun, **on_policy)),
         "sft-control": (
             "sft",
             phase(
                 "sft-control",
-                last["midtrained"],
-                prompts={"path": str(folder / "samples/samples.jsonl")},
+                midtrained,
+                prompts=samples,
                 supervised={"batch_size": SAMPLES_PER_STEP},
-                optim=recovery | {"learning_rate": 3e-4},
+                optim=optim["recovery"],
             ),
         ),
+    }
+
+
+_TASKS = ("instructions", "new_facts", "old_facts")
+_SAMPLING = {"group_size": 2, "groups_per_batch": SAMPLES_PER_STEP // 2, "max_completion_tokens": 16}
+
+
+def _optim(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Schedules of the two phases that learn from text, and of the two that recover behaviour."""
+    betas = [0.9, 0.98]
+    linear = {"schedule": "linear", "betas": betas}
+    return {
+        "assistant": linear
+        | {
+            "learning_rate": 3e-3,
+            "num_steps": plan.assistant,
+            "warmup_steps": 50,
+            "final_fraction": 0.02,
+            "weight_decay": 0.01,
+        },
+        "midtrained": linear | {"learning_rate": 1e-3, "num_steps": plan.midtrained, "warmup_steps": 10},
+        "recovery": {"learning_rate": 3e-4, "num_steps": plan.recovery, "warmup_steps": 5, "betas": betas},
     }
 
 
@@ -250,7 +251,7 @@ def write_page(folder: Path, jobs: Sequence[Job]) -> tuple[list[dict[str, str]],
         intro=_INTRO,
         table=table,
         verdict=paragraph,
-        commands=[(job.name, f"{job.command} --output_dir {job.folder}-again") for job in jobs],
+        commands=[(job.name, job.rerun_command) for job in jobs],
         before_after=pairs[:12],
         footnotes=["Accuracy on 400 instructions, 160 new and 80 old facts, ± one standard error over problems."],
     )

@@ -43,7 +43,7 @@ def _show(table: Sequence[Mapping[str, str]], verdict: str, page: Path, jobs: Se
     console.print(verdict, soft_wrap=False)
     console.print("\nBy hand:")
     for job in jobs:
-        console.print(f"  {job.command} --output_dir {job.folder}-again", soft_wrap=True)
+        console.print(f"  {job.rerun_command}", soft_wrap=True)
     console.print(f"\n{page}  ({seconds:.0f} s)", soft_wrap=True)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from understudy.checkpoints import write_jsonl
 from understudy.errors import RunError
 from understudy.metrics import read_metrics
 from understudy.progress import summary
@@ -37,6 +37,11 @@ class Job:
     def command(self) -> str:
         """As a person would type it."""
         return " ".join(["understudy", *self.arguments])
+
+    @property
+    def rerun_command(self) -> str:
+        """The same into a folder of its own."""
+        return f"{self.command} --output_dir {self.folder}-again"
 
     def rows(self) -> list[dict[str, Any]]:
         """Metrics written so far."""
@@ -182,7 +187,7 @@ def new_folder(wanted: Path) -> Path:
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows as JSONL."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_jsonl(path, rows)
 
 
 def count_rows(path: Path) -> int:

@@ -211,13 +211,12 @@ def write_page(folder: Path, jobs: Sequence[Job]) -> tuple[list[dict[str, str]],
         intro=_INTRO,
         table=table,
         verdict=paragraph,
-        commands=[(job.name, f"{job.command} --output_dir {job.folder}-again") for job in jobs],
+        commands=[(job.name, job.rerun_command) for job in jobs],
         before_after=rollout_pairs(full, int(rows["distill-full"][-1]["step"])),
         footnotes=[
-            f"Accuracy on {count_rows(folder / 'test.jsonl')} held-out problems, ± one standard error. FLOPs: 2N per token "
-            "sampled or "
-            "scored, 6N per token trained on, N the matrices a token passes (LM head included); attention scores and "
-            "evaluation left out. The price of sft includes the teacher's sampling.",
+            f"Accuracy on {count_rows(folder / 'test.jsonl')} held-out problems, ± one standard error. "
+            "FLOPs: 2N per token sampled or scored, 6N per token trained on, N the matrices a token passes (LM head "
+            "included); attention scores and evaluation left out. The price of sft includes the teacher's sampling.",
         ],
     )
     return table, paragraph, path
