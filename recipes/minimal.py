@@ -150,10 +150,10 @@ def train_step(
     return {
         # The same quantity twice: from the sampled tokens (may be negative), over the vocabulary (cannot be).
         "reverse_kl/mean": float((sampler_logprobs - teacher_logprobs).mean()),
-        "reverse_kl/exact": float(full_loss(trainer_full.detach(), teacher_full)) / len(written),
-        "importance_ratio/max": float((trainer_logprobs.detach() - sampler_logprobs).exp().max()),
+        "reverse_kl/full": float(full_loss(trainer_full.detach(), teacher_full)) / len(written),
+        "ratio/max": float((trainer_logprobs.detach() - sampler_logprobs).exp().max()),
         "optim/grad_norm": float(grad_norm),
-        "rollouts/mean_tokens": len(written) / len(rollouts),
+        "completion_length/mean": len(written) / len(rollouts),
     }
 
 

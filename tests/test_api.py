@@ -93,8 +93,8 @@ def test_every_part_can_be_brought_along(config: dict[str, Any], monkeypatch: py
     assert trainer.advantages == [[-2.0, 0.5, -2.0] * 4] * 2
     assert sampler.versions == [0, 1, 2]
     assert result.metrics["reverse_kl/mean"] == pytest.approx(3.5 / 3)
-    assert result.metrics["loss"] == pytest.approx(1.5 / 12)
-    assert result.metrics["grad_norm"] == pytest.approx(0.5 * 12)
+    assert result.metrics["optim/loss"] == pytest.approx(1.5 / 12)
+    assert result.metrics["optim/grad_norm"] == pytest.approx(0.5 * 12)
     assert (result.student / "notes.txt").read_text() == "2"  # type: ignore[operator]
     config["optim"]["num_steps"] = 3
     parts["trainer"] = Notebook()

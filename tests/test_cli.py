@@ -94,7 +94,7 @@ def test_overrides_reach_the_run(run_toml: Path, monkeypatch: pytest.MonkeyPatch
     assert (stored.optim.num_steps, stored.optim.learning_rate, stored.prompts and stored.prompts.limit) == (1, 2e-3, 2)
     assert stored.student.lora is not None
     assert stored.student.lora.rank == 3
-    assert [row["learning_rate"] for row in metrics(tmp_path / "other")] == [2e-3]
+    assert [row["optim/learning_rate"] for row in metrics(tmp_path / "other")] == [2e-3]
 
 
 def test_a_stored_configuration_runs_again_the_same(
@@ -129,7 +129,7 @@ def test_smoke_replaces_its_own_folder_and_no_other(
     assert (folder / "mark").exists()
     assert run_cli(monkeypatch, "distill", run_toml, "--smoke", "--optim.learning_rate", "2e-3") == 0
     assert not (folder / "mark").exists()
-    assert metrics(folder)[-1]["learning_rate"] == 2e-3
+    assert metrics(folder)[-1]["optim/learning_rate"] == 2e-3
     shutil.rmtree(folder)
     assert run_cli(monkeypatch, "distill", run_toml, "--output_dir", folder, "--optim.num_steps", 3) == 0
     assert run_cli(monkeypatch, "distill", run_toml, "--smoke") == 2  # a real run of that name

@@ -63,8 +63,8 @@ def test_repeats_are_counted_within_a_completion() -> None:
 def test_update_metrics_have_public_names_and_no_unknown_ones() -> None:
     update = {"loss": 1.0, "grad_norm": 2.0, "tokens": 3, "ratio_max": 4.0, "reverse_kl_full": 5.0}
     assert update_metrics(update) == {
-        "loss": 1.0,
-        "grad_norm": 2.0,
+        "optim/loss": 1.0,
+        "optim/grad_norm": 2.0,
         "tokens/trained": 3,
         "ratio/max": 4.0,
         "reverse_kl/full": 5.0,

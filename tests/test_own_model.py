@@ -104,7 +104,7 @@ def test_every_command_on_every_architecture(
     samples = tmp_path / ("samples.jsonl" if packing else "generated/samples.jsonl")
     arguments = ["--prompts.path", samples, "--prompts.columns", "{}", "--prompts.limit", "4"]
     assert run_cli(monkeypatch, "sft", path, *again, tmp_path / "sft", *arguments) == 0
-    assert metrics(tmp_path / "sft")[2]["loss"] < metrics(tmp_path / "sft")[1]["loss"]
+    assert metrics(tmp_path / "sft")[2]["optim/loss"] < metrics(tmp_path / "sft")[1]["optim/loss"]
 
 
 def test_packing_changes_no_number(models: Path, tmp_path: Path) -> None:

@@ -6,7 +6,13 @@ from understudy.progress import StepProgress, summary
 
 
 def test_the_exact_kl_stands_for_both() -> None:
-    row = {"step": 3, "reverse_kl/full": 0.25, "reverse_kl/mean": 0.5, "loss": 1.0, "completion_length/mean": 12.4}
+    row = {
+        "step": 3,
+        "reverse_kl/full": 0.25,
+        "reverse_kl/mean": 0.5,
+        "optim/loss": 1.0,
+        "completion_length/mean": 12.4,
+    }
     assert summary(row) == "reverse KL 0.250  loss 1.000  length 12"
 
 
@@ -17,10 +23,10 @@ def test_evaluations_are_shown_without_their_errors() -> None:
 
 def test_a_log_gets_a_line_when_there_is_news(capsys: pytest.CaptureFixture[str]) -> None:
     progress = StepProgress("distill", first_step=2, num_steps=4)
-    progress.update({"step": 3, "loss": 2.0})
+    progress.update({"step": 3, "optim/loss": 2.0})
     assert capsys.readouterr().err == ""
     progress.update({"step": 3, "eval/a/t1": 0.5})
-    progress.update({"step": 4, "loss": 1.0})
+    progress.update({"step": 4, "optim/loss": 1.0})
     progress.close()
     first, last = capsys.readouterr().err.splitlines()
     assert first.startswith("distill step 3/4, ")
@@ -31,7 +37,7 @@ def test_a_log_gets_a_line_when_there_is_news(capsys: pytest.CaptureFixture[str]
 
 def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     progress = StepProgress("sft", first_step=0, num_steps=1, quiet=True)
-    progress.update({"step": 1, "loss": 1.0, "eval/a/t1": 1.0})
+    progress.update({"step": 1, "optim/loss": 1.0, "eval/a/t1": 1.0})
     progress.close()
     captured = capsys.readouterr()
     assert captured.out + captured.err == ""

@@ -332,7 +332,7 @@ def make_run(folder: Path) -> Path:
         {
             "step": 1,
             "reverse_kl/mean": 0.876,
-            "loss": 1.5,
+            "optim/loss": 1.5,
             "time/sampling": 2.0,
             "odd/metric": 4.0,
             "cost/flops": 1e12,
@@ -340,7 +340,7 @@ def make_run(folder: Path) -> Path:
         {
             "step": 2,
             "reverse_kl/mean": 0.043,
-            "loss": float("nan"),
+            "optim/loss": float("nan"),
             "cost/flops": 2.5e12,
             "eval/ledger/greedy": 0.789,
             "eval/ledger/greedy_se": 0.013,

@@ -100,3 +100,19 @@ def test_absence_stays_what_it_was_resolved_to(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match="as the run began"):
             RunFolder(config(path, **given), method="distill", resume=True)
+
+
+def test_memory_bounds_may_change_on_resume(tmp_path):
+    """Running out of memory names these two keys as the remedy, so a continued run must accept them."""
+    config = RunConfig.model_validate({"output_dir": str(tmp_path / "run"), "student": {"model": "m"}})
+    with RunFolder(config, method="distill") as folder:
+        folder.write_config(config)
+    smaller = config.model_copy(
+        update={
+            "sampling": config.sampling.model_copy(update={"max_batch_rows": 8}),
+            "optim": config.optim.model_copy(update={"micro_batch_tokens": 64, "num_steps": 200}),
+        }
+    )
+    with RunFolder(smaller, method="distill", resume=True) as folder:
+        assert folder.config.sampling.max_batch_rows == 8
+        assert (folder.config.optim.micro_batch_tokens, folder.config.optim.num_steps) == (64, 200)

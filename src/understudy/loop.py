@@ -30,7 +30,7 @@ def on_policy_loop(parts: Parts, recorder: Recorder) -> None:
         update = optimizer_step(parts.trainer, batches, parts.objective, learning_rate=learning_rate)
         sync_weights(parts.sampler, policy_version=step + 1)
 
-        row = {"learning_rate": learning_rate, **rollout_metrics(scored), **update_metrics(update)}
+        row = {"optim/learning_rate": learning_rate, **rollout_metrics(scored), **update_metrics(update)}
         if recorder.finish_step(step + 1, row) == "stop":
             return
 

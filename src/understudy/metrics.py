@@ -79,8 +79,8 @@ def _repeats(ids: Sequence[int]) -> int:
 
 
 _UPDATE_NAMES = {
-    "loss": "loss",
-    "grad_norm": "grad_norm",
+    "loss": "optim/loss",
+    "grad_norm": "optim/grad_norm",
     "tokens": "tokens/trained",
     "ratio": "ratio/mean",
     "ratio_max": "ratio/max",

@@ -25,7 +25,7 @@ _SHOWN = {
     "reverse_kl/full": "reverse KL {:.3f}",
     "reverse_kl/mean": "reverse KL {:.3f}",
     "reward/mean": "reward {:.3f}",
-    "loss": "loss {:.3f}",
+    "optim/loss": "loss {:.3f}",
     "completion_length/mean": "length {:.0f}",
 }
 

@@ -38,7 +38,15 @@ if TYPE_CHECKING:
 
 # What may change between a run and its continuation: how far, how often, how many. Everything else would silently make
 # another experiment of it.
-_RESUMABLE = ("num_threads", "optim.num_steps", "checkpoints", "evaluation", "rollouts")
+_RESUMABLE = (
+    "num_threads",
+    "sampling.max_batch_rows",
+    "optim.micro_batch_tokens",
+    "optim.num_steps",
+    "checkpoints",
+    "evaluation",
+    "rollouts",
+)
 
 # Keys whose absence means "auto".
 _AUTO_WHEN_ABSENT = ("objective.reward_coef", "sampling.stop_token_ids")
@@ -154,10 +162,11 @@ class RunFolder:
             return config, 0
         stored = RunConfig.from_toml(path)
         self._refuse_another_run(flat(stored), flat(config))
-        steps = config.optim.num_steps
         changes = {name: getattr(config, name) for name in ("output_dir", *_RESUMABLE) if "." not in name}
-        optim = stored.optim.model_copy(update={"num_steps": steps})
-        return stored.model_copy(update={**changes, "optim": optim}), stored.optim.num_steps
+        for section, key in (name.split(".") for name in _RESUMABLE if "." in name):
+            part = changes.get(section, getattr(stored, section))
+            changes[section] = part.model_copy(update={key: getattr(getattr(config, section), key)})
+        return stored.model_copy(update=changes), stored.optim.num_steps
 
     def _refuse_another_run(self, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         def refuse(what: str, got: object, expected: str, remedy: str) -> None:

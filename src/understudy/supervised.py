@@ -27,7 +27,7 @@ def supervised_loop(parts: Parts, examples: Sequence[TrainingExample], recorder:
         batches = micro_batches([examples[row] for row in rows], **parts.batching)
         learning_rate = learning_rate_at(config.optim, step)
         update = optimizer_step(parts.trainer, batches, CrossEntropy(), learning_rate=learning_rate)
-        if recorder.finish_step(step + 1, {"learning_rate": learning_rate, **update_metrics(update)}) == "stop":
+        if recorder.finish_step(step + 1, {"optim/learning_rate": learning_rate, **update_metrics(update)}) == "stop":
             return
 
 

@@ -28,13 +28,13 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
         (("reverse_kl/mean", "sampled tokens"), ("reverse_kl/full", "full vocabulary")),
     ),
     ("Reward", "mean reward", (("reward/mean", "reward"),)),
-    ("Loss", "", (("loss", "loss"),)),
-    ("Gradient norm", "norm before clipping", (("grad_norm", "gradient norm"),)),
+    ("Loss", "", (("optim/loss", "loss"),)),
+    ("Gradient norm", "norm before clipping", (("optim/grad_norm", "gradient norm"),)),
     ("Completion length", "tokens", (("completion_length/mean", "mean length"),)),
     ("Cut at the length cap", "share of rollouts", (("truncated/share", "truncated"),)),
     ("Largest importance ratio", "ratio", (("ratio/max", "maximum"),)),
     ("Student entropy", "nats per token", (("entropy/student", "entropy"),)),
-    ("Learning rate", "", (("learning_rate", "learning rate"),)),
+    ("Learning rate", "", (("optim/learning_rate", "learning rate"),)),
 )
 PERCENT_KEYS = frozenset({"truncated/share"})
 # What a reader looks for first in a configuration: dotted key and the words for it.
