@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from understudy.config import RunConfig
 from understudy.report import Arm, RolloutPair, write_comparison
 from understudy.rollout_store import read_rollouts
 from understudy.worlds import assistant
-from understudy.worlds.jobs import Job, count_rows, run_jobs, write_rows
+from understudy.worlds.jobs import Job, count_rows, run_jobs, with_sampling_cost, write_rows
 from understudy.worlds.models import build_qwen3, save_folder
 
 DOCUMENTS_PER_STEP, SAMPLES_PER_STEP = 24, 64
@@ -177,28 +176,35 @@ def run_demo(
 
 
 _STAGES = (
-    ("assistant", "assistant", -1),
-    ("after the documents", "midtrained", -1),
-    ("distilled from the assistant", "distill", -1),
-    ("sft control", "sft-control", -1),
+    ("assistant", "assistant"),
+    ("after the documents", "midtrained"),
+    ("distilled from the assistant", "distill"),
+    ("sft control", "sft-control"),
 )
+
+
+def _rows(jobs: Sequence[Job]) -> dict[str, list[dict[str, Any]]]:
+    """Metrics rows per phase; the control's carry their share of what the earlier self's answers cost."""
+    by_name = {job.name: job for job in jobs}
+    rows = {job.name: job.rows() for job in jobs if job.num_steps}
+    control = by_name["sft-control"]
+    return rows | {control.name: with_sampling_cost(rows[control.name], by_name["samples"], control.num_steps)}
 
 
 def table_rows(jobs: Sequence[Job]) -> list[dict[str, str]]:
     """Accuracy of every stage on instructions and facts."""
-    by_name = {job.name: job for job in jobs}
+    rows = _rows(jobs)
     table = []
-    for label, name, position in _STAGES:
-        row = by_name[name].rows()[position]
-        costs = json.loads((by_name[name].folder / "costs.json").read_text(encoding="utf-8"))
+    for label, name in _STAGES:
+        row = rows[name][-1]
         cells = {"model": label}
         for task, title in (("instructions", "instructions"), ("new_facts", "new facts"), ("old_facts", "old facts")):
             for mode, suffix in (("greedy", ""), ("t1", ", T = 1")):
                 value, error = row[f"eval/{task}/{mode}"], row[f"eval/{task}/{mode}_se"]
                 cells[title + suffix] = f"{100 * value:.1f} ± {100 * error:.1f}"
         cells["steps"] = str(row["step"])
-        cells["GFLOP"] = f"{costs['total_without_evaluation']['flops'] / 1e9:.0f}"
-        cells["seconds"] = f"{costs['total_without_evaluation']['seconds']:.0f}"
+        cells["GFLOP"] = f"{row['cost/flops'] / 1e9:.0f}"
+        cells["seconds"] = f"{row['cost/seconds']:.0f}"
         table.append(cells)
     return table
 
@@ -227,10 +233,10 @@ def verdict(jobs: Sequence[Job]) -> str:
 def write_page(folder: Path, jobs: Sequence[Job]) -> tuple[list[dict[str, str]], str, Path]:
     """(table, verdict, path of report.html) of a finished demo."""
     by_name = {job.name: job for job in jobs}
-    table, paragraph = table_rows(jobs), verdict(jobs)
+    table, paragraph, rows = table_rows(jobs), verdict(jobs), _rows(jobs)
     arms = [
-        Arm("distilled from the earlier self", by_name["distill"].rows(), "on-policy, full reverse KL"),
-        Arm("sft control", by_name["sft-control"].rows(), "fine-tuning on the earlier self's answers"),
+        Arm("distilled from the earlier self", rows["distill"], "on-policy, full reverse KL"),
+        Arm("sft control", rows["sft-control"], "fine-tuning on the earlier self's answers"),
     ]
     rollouts = by_name["distill"].folder / "rollouts"
     after = {
@@ -253,6 +259,9 @@ def write_page(folder: Path, jobs: Sequence[Job]) -> tuple[list[dict[str, str]],
         verdict=paragraph,
         commands=[(job.name, job.rerun_command) for job in jobs],
         before_after=pairs[:12],
-        footnotes=["Accuracy on 400 instructions, 160 new and 80 old facts, ± one standard error over problems."],
+        footnotes=[
+            "Accuracy on 400 instructions, 160 new and 80 old facts, ± one standard error over problems. The control's "
+            "price includes its share of the earlier self's sampling."
+        ],
     )
     return table, paragraph, path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -194,3 +195,15 @@ def count_rows(path: Path) -> int:
     """Lines of a JSONL file."""
     with path.open(encoding="utf-8") as lines:
         return sum(1 for _ in lines)
+
+
+def with_sampling_cost(rows: Sequence[Mapping[str, Any]], samples: Job, num_steps: int) -> list[dict[str, Any]]:
+    """Rows of an ``sft`` run over ``samples``, each with its share of what the teacher's sampling cost."""
+    costs = json.loads((samples.folder / "costs.json").read_text(encoding="utf-8"))["roles"]["teacher_sampling"]
+    return [
+        {**row, **{f"cost/{name}": row[f"cost/{name}"] + costs[name] * row["step"] / num_steps for name in _PRICES}}
+        for row in rows
+    ]
+
+
+_PRICES = ("flops", "seconds")

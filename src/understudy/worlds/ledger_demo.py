@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from understudy.config import RunConfig
-from understudy.worlds.jobs import Job, run_jobs, write_rows
+from understudy.worlds.jobs import Job, run_jobs, with_sampling_cost, write_rows
 from understudy.worlds.ledger import Ledger
 
 NUM_STEPS = 100
@@ -174,14 +174,6 @@ def run_demo(
 
 def arm_rows(jobs: Sequence[Job]) -> dict[str, list[dict[str, Any]]]:
     """Metrics rows per arm; the rows of `sft` carry their share of what the teacher's solutions cost."""
-    import json
-
     by_name = {job.name: job for job in jobs}
-    costs = json.loads((by_name["samples"].folder / "costs.json").read_text(encoding="utf-8"))
-    sampling = costs["roles"]["teacher_sampling"]
     rows = {arm.name: by_name[arm.name].rows() for arm in ARMS}
-    for row in rows["sft"]:
-        share = row["step"] / NUM_STEPS
-        row["cost/flops"] += sampling["flops"] * share
-        row["cost/seconds"] += sampling["seconds"] * share
-    return rows
+    return rows | {"sft": with_sampling_cost(rows["sft"], by_name["samples"], NUM_STEPS)}

@@ -217,6 +217,7 @@ def write_page(folder: Path, jobs: Sequence[Job]) -> tuple[list[dict[str, str]],
             f"Accuracy on {count_rows(folder / 'test.jsonl')} held-out problems, ± one standard error. "
             "FLOPs: 2N per token sampled or scored, 6N per token trained on, N the matrices a token passes (LM head "
             "included); attention scores and evaluation left out. The price of sft includes the teacher's sampling.",
+            "Before and after: the prompts with the most false steps at the start, of 64 kept ones.",
         ],
     )
     return table, paragraph, path
