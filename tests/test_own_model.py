@@ -115,7 +115,7 @@ def test_packing_changes_no_number(models: Path, tmp_path: Path) -> None:
         config["student"]["dtype"] = config["teacher"]["dtype"] = "float64"
         config["output_dir"] = str(tmp_path / f"packing-{packing}")
         distilled(config)
-        losses.append([(row["loss"], row["grad_norm"]) for row in metrics(Path(config["output_dir"]))])
+        losses.append([(row["optim/loss"], row["grad_norm"]) for row in metrics(Path(config["output_dir"]))])
     for one, other in zip(*losses, strict=True):
         assert one == pytest.approx(other, rel=1e-9)
 
@@ -280,7 +280,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(
         calls.clear()
         distilled(config)
         counts.append(calls.count(True))
-        rows.append([row["loss"] for row in metrics(Path(config["output_dir"]))])
+        rows.append([row["optim/loss"] for row in metrics(Path(config["output_dir"]))])
     assert counts[1] == 2 * counts[0] == 2 * (2 * 2)  # two layers, two steps of one micro-batch
     assert rows[0] == rows[1]
 
