@@ -115,7 +115,7 @@ def test_packing_changes_no_number(models: Path, tmp_path: Path) -> None:
         config["student"]["dtype"] = config["teacher"]["dtype"] = "float64"
         config["output_dir"] = str(tmp_path / f"packing-{packing}")
         distilled(config)
-        losses.append([(row["optim/loss"], row["grad_norm"]) for row in metrics(Path(config["output_dir"]))])
+        losses.append([(row["optim/loss"], row["optim/grad_norm"]) for row in metrics(Path(config["output_dir"]))])
     for one, other in zip(*losses, strict=True):
         assert one == pytest.approx(other, rel=1e-9)
 
