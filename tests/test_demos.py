@@ -144,3 +144,12 @@ def test_ledger_models_are_copied_whole(tmp_path):
     ledger_demo.prepare(tmp_path)
     names = {path.name for path in Path(tmp_path / "models" / "start").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names
+
+
+def test_ctrl_c_ends_a_demo_with_130_and_says_where_it_stands(tmp_path, monkeypatch, capsys):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ledger_demo, "run_demo", interrupted)
+    assert demos.run("ledger", tmp_path / "demo") == 130
+    assert "interrupted" in capsys.readouterr().err

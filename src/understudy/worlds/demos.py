@@ -22,14 +22,25 @@ def run(name: DemoName, output: Path, *, seed: int = 0, smoke: bool = False) -> 
     """Run a demo in a new folder and print what it found; the exit code."""
     start = time.monotonic()
     folder = new_folder(output)
-    if name == "ledger":
-        jobs, _ = ledger_demo.run_demo(folder, seed=seed, smoke=smoke)
-        table, verdict, page = ledger_page.write_page(folder, jobs)
-    else:
-        jobs, _ = assistant_demo.run_demo(folder, assistant_demo.SMOKE if smoke else assistant_demo.FULL, seed=seed)
-        table, verdict, page = assistant_demo.write_page(folder, jobs)
+    try:
+        table, verdict, page, jobs = _run(name, folder, seed, smoke)
+    except KeyboardInterrupt:
+        Console(stderr=True).print(f"interrupted; what was finished is in {folder}")
+        return 130
     _show(table, verdict, page, jobs, time.monotonic() - start)
     return 0
+
+
+def _run(
+    name: DemoName, folder: Path, seed: int, smoke: bool
+) -> tuple[Sequence[Mapping[str, str]], str, Path, Sequence[Job]]:
+    """(table, verdict, page, jobs)."""
+    if name == "ledger":
+        jobs, _ = ledger_demo.run_demo(folder, seed=seed, smoke=smoke)
+        return (*ledger_page.write_page(folder, jobs), jobs)
+    plan = assistant_demo.SMOKE if smoke else assistant_demo.FULL
+    jobs, _ = assistant_demo.run_demo(folder, plan, seed=seed)
+    return (*assistant_demo.write_page(folder, jobs), jobs)
 
 
 def _show(table: Sequence[Mapping[str, str]], verdict: str, page: Path, jobs: Sequence[Job], seconds: float) -> None:
