@@ -284,7 +284,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(
     assert rows[0] == rows[1]
 
 
-def test_ten_thousand_rows_are_read_in_seconds(models: Path, tmp_path: Path) -> None:
+def test_ten_thousand_rows_are_read(models: Path, tmp_path: Path) -> None:
     from understudy.preflight import check_run
 
     rows = [{"question": f"{TEXT[i % 3]} {i}", "answer": str(i)} for i in range(10_000)]
