@@ -59,6 +59,10 @@ def build(
 
     Takes 2 (start) to 5 (teacher) minutes on one CPU core. ``steps`` shortens the run for tests.
     """
+    import torch
+
+    # One thread: sums come out in one order, and the shipped weights come out again.
+    torch.set_num_threads(1)
     recipe, world = RECIPES[role], Ledger()
     num_steps = recipe.steps if steps is None else steps
     tokenizer = world.tokenizer()
