@@ -6,7 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiny import prompt_of, rollout_of
-from understudy.advantages import distillation_advantages, group_advantages, reverse_kl, training_examples
+from understudy.advantages import (
+    CreditRules,
+    distillation_advantages,
+    group_advantages,
+    reverse_kl,
+    training_examples,
+)
 from understudy.types import HiddenScores, SampledScores, ScoredRollout
 
 STUDENT = torch.tensor([-1.0, -2.0, -0.5])
@@ -95,7 +101,7 @@ def group() -> list[ScoredRollout]:
 
 
 def test_examples_of_sampled_distillation() -> None:
-    first, second = training_examples([group()])
+    first, second = training_examples([group()], CreditRules())
     assert (first.prompt_ids, first.completion_ids, first.teacher) == ([9, 1], [4, 0], "t1")
     assert first.loss_mask == [True, True]  # the end token trains
     assert first.sampler_logprobs == [-1.0, -2.0]
@@ -106,11 +112,12 @@ def test_examples_of_sampled_distillation() -> None:
 
 def test_examples_add_rewards_centred_within_their_group() -> None:
     other = [scored(2, [3], [-1.0], [-1.0], 10.0), scored(2, [3], [-1.0], [-1.0], 14.0)]
-    examples = training_examples([group(), other], kl_coef=0.5, reward_coef=4.0)
+    examples = training_examples([group(), other], CreditRules(kl_coef=0.5, reward_coef=4.0))
     # the teacher's part, halved, plus 4 * (reward - 0.5) and 4 * (reward - 12)
     assert [e.advantages for e in examples] == [[-1.0 + 2, 0.75 + 2], [0.125 - 2], [-8.0], [8.0]]
     rewarded = training_examples(
-        [[scored(1, [4, 0], [-1.0] * 2, None, 3.0), scored(1, [5], [-1.0], None, 1.0)]], reward_coef=1
+        [[scored(1, [4, 0], [-1.0] * 2, None, 3.0), scored(1, [5], [-1.0], None, 1.0)]],
+        CreditRules(reward_coef=1),
     )
     assert [e.advantages for e in rewarded] == [[1.0, 1.0], [-1.0]]
 
@@ -119,10 +126,12 @@ def test_examples_of_full_distillation_carry_hidden_states() -> None:
     hidden = torch.arange(6.0).view(2, 3)
     rollout = group()[0].rollout
     one = ScoredRollout(rollout, HiddenScores([-3.0, -0.5], hidden), 1.0)
-    [alone] = training_examples([[one]], full=True)
+    [alone] = training_examples([[one]], CreditRules(estimator="full"))
     assert alone.teacher_hidden is hidden
     assert (alone.advantages, alone.sampler_logprobs) == (None, None)
-    rewarded, _ = training_examples([[one, ScoredRollout(rollout, one.scores, 0.0)]], full=True, reward_coef=2.0)
+    rewarded, _ = training_examples(
+        [[one, ScoredRollout(rollout, one.scores, 0.0)]], CreditRules(estimator="full", reward_coef=2.0)
+    )
     assert rewarded.teacher_hidden is hidden
     assert rewarded.advantages == [1.0, 1.0]  # the reward's part alone: the teacher's travels in the hidden states
     assert rewarded.sampler_logprobs == [-1.0, -2.0]
@@ -133,11 +142,17 @@ def test_credit_stays_within_its_sequence() -> None:
     token, none for the prompt."""
     neighbours = [scored(1, [5], [-0.5], [-0.25], 0.0), scored(1, [5, 5, 0], [-4.0] * 3, [-0.1, -9.0, -1.0], 0.0)]
     for discount in (0.0, 0.5, 1.0):
-        credits = [training_examples([[group()[0], other]], discount=discount)[0].advantages for other in neighbours]
-        swapped = [training_examples([[other, group()[0]]], discount=discount)[1].advantages for other in neighbours]
+        credits = [
+            training_examples([[group()[0], other]], CreditRules(discount=discount))[0].advantages
+            for other in neighbours
+        ]
+        swapped = [
+            training_examples([[other, group()[0]]], CreditRules(discount=discount))[1].advantages
+            for other in neighbours
+        ]
         assert credits == swapped == [[-2.0 + discount * 1.5, 1.5]] * 2
 
 
 def test_ungraded_rollouts_are_refused_where_rewards_count() -> None:
     with pytest.raises(ValueError, match=r"reward_coef is 1.0 but prompt 3 was not graded"):
-        training_examples([[scored(3, [4], [-1.0], [-1.0], None)]], reward_coef=1.0)
+        training_examples([[scored(3, [4], [-1.0], [-1.0], None)]], CreditRules(reward_coef=1.0))

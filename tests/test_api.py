@@ -63,9 +63,9 @@ class Notebook:
         self.advantages.append(batch.advantages.tolist())
         return understudy.LossOutput(torch.tensor(1.5), {})
 
-    def optimizer_step(self, *, learning_rate: float, num_tokens: int) -> Mapping[str, float]:
+    def optimizer_step(self, *, learning_rate: float, divisor: int) -> Mapping[str, float]:
         self.steps += 1
-        return {"grad_norm": learning_rate * num_tokens}
+        return {"grad_norm": learning_rate * divisor}
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps}

@@ -73,4 +73,4 @@ def test_an_earlier_self_keeps_the_students_dtype(world, monkeypatch):
 def test_auto_takes_the_full_divergence_where_it_can(world, discount, estimator):
     parts = parts_of(config_of(world, discount=discount))
     assert parts.config.objective.estimator == estimator
-    assert parts.score_kind == ("hidden" if estimator == "full" else "sampled")
+    assert parts.needs.teacher == ("hidden" if estimator == "full" else "sampled")

@@ -72,7 +72,7 @@ def test_roles_are_metered_and_pass_everything_through() -> None:
     [batch] = micro_batches(examples, micro_batch_tokens=99)
     assert batch.input_ids.numel() == 8  # padding is not a token
     assert torch.isfinite(trainer.forward_backward(batch, CrossEntropy()).loss)
-    assert trainer.optimizer_step(learning_rate=1e-3, num_tokens=3)["grad_norm"] > 0
+    assert trainer.optimizer_step(learning_rate=1e-3, divisor=3)["grad_norm"] > 0
     trainer.compute_logprobs(sequences)  # for pages: free
     assert costs.roles["student_training"]["tokens"] == 6
     assert costs.roles["student_training"]["flops"] == 6 * (400 + 60)
@@ -96,7 +96,7 @@ def test_every_role_waits_for_its_own_cuda_work(monkeypatch: pytest.MonkeyPatch)
         lambda: sampler.sample([prompt_of([1])], SamplingConfig(max_completion_tokens=2), seed=0),
         lambda: teacher.score([TokenSequence([1], [2, 0])], "sampled"),
         lambda: trainer.forward_backward(batch, CrossEntropy()),
-        lambda: trainer.optimizer_step(learning_rate=1e-3, num_tokens=2),
+        lambda: trainer.optimizer_step(learning_rate=1e-3, divisor=2),
     ):
         waited.clear()
         work()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tiny import EOS, gradient_of, prompt_of, sampler_of, teacher_of, tiny_model, trainer_of
-from understudy import lm_head
+from understudy import head_kernels
 from understudy.backends.loading import LanguageModel, load_model, load_student
 from understudy.backends.local import LocalTrainer
 from understudy.batching import micro_batches
@@ -86,7 +86,7 @@ def test_sampler_and_trainer_share_their_weights() -> None:
     sampler, trainer = sampler_of(model.model), trainer_of(model.model)
     [batch] = micro_batches([TrainingExample([1, 2], [3, EOS], [True, True])], micro_batch_tokens=99)
     trainer.forward_backward(batch, CrossEntropy())
-    trainer.optimizer_step(learning_rate=0.05, num_tokens=2)
+    trainer.optimizer_step(learning_rate=0.05, divisor=2)
     for r in (r for group in sampler.sample(PROMPTS, SAMPLING, seed=1) for r in group):
         [logprobs] = trainer.compute_logprobs([TokenSequence(r.prompt.prompt_ids, r.completion_ids)])
         assert r.sampler_logprobs == pytest.approx(logprobs, abs=1e-11)
@@ -102,7 +102,7 @@ def test_the_trainer_adds_gradients_up_and_divides_once() -> None:
     trainer = trainer_of(model, grad_clip=0.1, weight_decay=0.3, betas=(0.8, 0.9), eps=1e-6)
     for batch in micro_batches(examples(), micro_batch_tokens=1):
         trainer.forward_backward(batch, CrossEntropy())
-    norm = trainer.optimizer_step(learning_rate=1e-2, num_tokens=4)["grad_norm"]
+    norm = trainer.optimizer_step(learning_rate=1e-2, divisor=4)["grad_norm"]
     assert all(p.grad is None for p in model.parameters())
     terms = []
     for prompt, completion, kept in (([1, 2], [3, EOS], [0, 1]), ([4], [5, 5, 1], [0, 2])):
@@ -122,7 +122,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_spares_the_weights() ->
     trainer = trainer_of(model)
     next(iter(model.parameters())).grad = torch.full_like(next(iter(model.parameters())), float("inf"))
     with pytest.raises(RunError, match="gradient's norm is"):
-        trainer.optimizer_step(learning_rate=1e-2, num_tokens=1)
+        trainer.optimizer_step(learning_rate=1e-2, divisor=1)
     assert all(map(torch.equal, before, model.parameters()))
     assert torch.count_nonzero(gradient_of(trainer)) == 0
 
@@ -133,7 +133,7 @@ def test_saved_state_continues_exactly(tmp_path: Path) -> None:
     def step(trainer) -> None:
         for batch in micro_batches(examples(), micro_batch_tokens=99):
             trainer.forward_backward(batch, CrossEntropy())
-        trainer.optimizer_step(learning_rate=1e-2, num_tokens=4)
+        trainer.optimizer_step(learning_rate=1e-2, divisor=4)
 
     whole = trainer_of(tiny_model(seed=5, dtype=torch.float32))
     step(whole)
@@ -187,7 +187,7 @@ def test_adapters_train_alone(tmp_path: Path, recompute: bool) -> None:
     for _ in range(2):  # B starts at zero, so A moves from the second step on
         for batch in micro_batches(examples(), micro_batch_tokens=99):
             trainer.forward_backward(batch, CrossEntropy())
-        trainer.optimizer_step(learning_rate=1e-2, num_tokens=4)
+        trainer.optimizer_step(learning_rate=1e-2, divisor=4)
     for name, parameter in model.model.named_parameters():
         assert torch.equal(parameter, before[name]) == (name not in trained), name
     sizes = [p.numel() for name, p in model.model.named_parameters() if name in trained]
@@ -253,30 +253,32 @@ def test_out_of_memory_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(RunError, match=r"training; lower optim.micro_batch_tokens \(now 16384\)"):
         trainer.forward_backward(batch, CrossEntropy())
     with pytest.raises(RunError, match=r"updating the weights; train adapters \(\[student.lora\]\)"):
-        trainer.optimizer_step(learning_rate=1e-2, num_tokens=4)
+        trainer.optimizer_step(learning_rate=1e-2, divisor=4)
 
 
-def test_alternatives_need_no_more_logits_than_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alternatives_need_no_more_logits_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = teacher_of(tiny_model(seed=5, dtype=torch.float32))
     sequences = [TokenSequence([1, 2], [3, 1, 4, 5, 2, EOS]), TokenSequence([4], [5])]
     expected = teacher.score(sequences, "topk", topk=3)
     held: list[int] = []
-    logits = LMHead.logits
+    logits = head_kernels.Projection.logits
 
-    def counted(head: LMHead, hidden: torch.Tensor) -> torch.Tensor:
-        result = logits(head, hidden)
-        held.append(result.numel())
-        return result
+    def counted(
+        projection: head_kernels.Projection, hidden: torch.Tensor, low: int, high: int, out: torch.Tensor
+    ) -> torch.Tensor:
+        held.append(out.numel())
+        return logits(projection, hidden, low, high, out)
 
-    monkeypatch.setattr(lm_head, "MAX_LOGITS", 12)  # two positions of six tokens
-    monkeypatch.setattr(LMHead, "logits", counted)
+    monkeypatch.setattr(head_kernels, "TILE_ROWS", 2)
+    monkeypatch.setattr(head_kernels, "TILE_WIDTH", 4)  # of six: the best of one tile compete with the next one's
+    monkeypatch.setattr(head_kernels.Projection, "logits", counted)
     for score, whole in zip(teacher.score(sequences, "topk", topk=3), expected, strict=True):
         assert isinstance(score, TopkScores)
         assert isinstance(whole, TopkScores)
         assert score.ids == whole.ids
         assert all(type(token) is int for row in score.ids for token in row)
         torch.testing.assert_close(torch.tensor(score.logprobs), torch.tensor(whole.logprobs))
-    assert max(held) <= 12
+    assert max(held) <= 8
 
 
 def test_hidden_states_are_on_a_device_for_one_micro_batch_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from understudy import lm_head
 from understudy.lm_head import LMHead
-from understudy.objectives import CrossEntropy, FullReverseKL, Mixture, PolicyGradient
+from understudy.objectives import CrossEntropy, FullDivergence, Mixture, PolicyGradient
 from understudy.types import Batch
 
 # One hidden number, two tokens: logits (h, 0), so p(token 0) = sigmoid(h).
@@ -31,6 +31,7 @@ def batch(**changes: Tensor | None) -> Batch:
         teacher_hidden=TEACHER_HIDDEN,
         teacher="default",
         sequence_tokens=4,
+        num_sequences=1,
     )
     return replace(one, **changes)  # pyright: ignore[reportArgumentType]
 
@@ -48,7 +49,7 @@ def test_policy_gradient() -> None:
 
 
 def test_full_reverse_kl() -> None:
-    output = FullReverseKL({"default": HEAD}, kl_coef=0.5)(batch(), HIDDEN, HEAD)
+    output = FullDivergence({"default": HEAD}, kl_coef=0.5)(batch(), HIDDEN, HEAD)
     assert float(output.loss) == pytest.approx(0.5 * sum(KL))
     assert output.metrics["reverse_kl_full"] == pytest.approx(sum(KL))  # the coefficient is the loss's, not the KL's
     entropy = 0.75 * math.log(4 / 3) + 0.25 * math.log(4)
@@ -59,14 +60,14 @@ def test_full_reverse_kl() -> None:
 def test_full_reverse_kl_uses_the_named_teachers_head_and_dtype() -> None:
     heads = {"default": HEAD, "other": LMHead(torch.tensor([[2.0], [0.0]], dtype=torch.float32))}
     changed = replace(batch(), teacher="other", teacher_hidden=TEACHER_HIDDEN.float() / 2)
-    assert float(FullReverseKL(heads)(changed, HIDDEN, HEAD).loss) == pytest.approx(sum(KL), rel=1e-6)
+    assert float(FullDivergence(heads)(changed, HIDDEN, HEAD).loss) == pytest.approx(sum(KL), rel=1e-6)
 
 
 @pytest.mark.parametrize("max_logits", [1, 4])
 def test_full_reverse_kl_in_slices(max_logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def run() -> tuple[float, Tensor, dict[str, float]]:
         hidden = HIDDEN.clone().requires_grad_()
-        output = FullReverseKL({"default": HEAD}, 0.5, 0.7)(batch(), hidden, HEAD)
+        output = FullDivergence({"default": HEAD}, 0.5, 0.7)(batch(), hidden, HEAD)
         output.loss.backward()
         assert hidden.grad is not None
         return float(output.loss.detach()), hidden.grad, dict(output.metrics)
@@ -81,8 +82,8 @@ def test_full_reverse_kl_in_slices(max_logits: int, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_mixture_is_a_sum() -> None:
-    first, second = FullReverseKL({"default": HEAD}), PolicyGradient()
-    output = Mixture(first, second)(batch(), HIDDEN, HEAD)
+    first, second = FullDivergence({"default": HEAD}), PolicyGradient()
+    output = Mixture([first, second])(batch(), HIDDEN, HEAD)
     assert float(output.loss) == pytest.approx(sum(KL) + 0.0)
     assert set(output.metrics) == {
         *("reverse_kl_full", "student_entropy", "teacher_entropy"),
@@ -94,4 +95,4 @@ def test_a_missing_signal_is_an_error() -> None:
     with pytest.raises(ValueError, match="needs sampler_logprobs and advantages"):
         PolicyGradient()(batch(advantages=None), HIDDEN, HEAD)
     with pytest.raises(ValueError, match="needs the teacher's hidden states"):
-        FullReverseKL({"default": HEAD})(batch(teacher_hidden=None), HIDDEN, HEAD)
+        FullDivergence({"default": HEAD})(batch(teacher_hidden=None), HIDDEN, HEAD)

@@ -25,15 +25,15 @@ class Told:
         loss, metrics = self.outputs.pop(0)
         return LossOutput(torch.tensor(loss, dtype=torch.float64), metrics)
 
-    def optimizer_step(self, *, learning_rate: float, num_tokens: int) -> dict[str, float]:
-        self.steps.append((learning_rate, num_tokens))
+    def optimizer_step(self, *, learning_rate: float, divisor: int) -> dict[str, float]:
+        self.steps.append((learning_rate, divisor))
         return {"grad_norm": 0.25}
 
 
 def batch(trained: int, masked: int = 0) -> Batch:
     ids = torch.zeros(trained + masked, dtype=torch.long)
     mask = torch.tensor([True] * trained + [False] * masked)
-    return Batch(ids[None], None, ids, ids, mask, None, None, None, "default", sequence_tokens=9)
+    return Batch(ids[None], None, ids, ids, mask, None, None, None, "default", sequence_tokens=9, num_sequences=1)
 
 
 def step(trainer: Any, *batches: Batch) -> Mapping[str, float]:

@@ -23,5 +23,7 @@ def test_nothing_changes_after_it_was_made() -> None:
 def test_a_batch_counts_the_tokens_that_train() -> None:
     ids = torch.zeros(1, 4, dtype=torch.long)
     mask = torch.tensor([True, False, True])
-    batch = Batch(ids, None, ids[0, :3], ids[0, :3], mask, None, None, None, "default", sequence_tokens=4)
+    batch = Batch(
+        ids, None, ids[0, :3], ids[0, :3], mask, None, None, None, "default", sequence_tokens=4, num_sequences=1
+    )
     assert batch.num_tokens == 2

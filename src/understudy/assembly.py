@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from understudy.advantages import CreditRules
 from understudy.backends.loading import (
     LanguageModel,
     check_packing,
@@ -25,14 +26,15 @@ from understudy.config import RunConfig, TeacherConfig
 from understudy.costs import CostLedger, MeteredSampler, MeteredTeacher, MeteredTrainer
 from understudy.errors import ConfigError
 from understudy.evaluation import EvalTask
-from understudy.objectives import FullReverseKL, Mixture, Objective, PolicyGradient
+from understudy.objectives import Objective
 from understudy.preflight import Checked
 from understudy.prompts import batch_for_step
 from understudy.rollouts import step_seed
+from understudy.signals import Needs, build_objective, credit_rules, resolve_estimator, score_needs
 from understudy.tasks import Grader
 from understudy.teacher_scores import score_rollouts
 from understudy.tokenization import adapter_base
-from understudy.types import Prompt, ScoreKind
+from understudy.types import Prompt
 
 log = logging.getLogger("understudy")
 
@@ -53,16 +55,17 @@ class Parts:
     sampler: Sampler
     teachers: Mapping[str, Teacher]
     page_teachers: Mapping[str, Teacher]
+    reference: Teacher | None
     trainer: Trainer
     evaluator: Sampler
     objective: Objective
-    score_kind: ScoreKind
+    needs: Needs
     grader: Grader | None
     prompts: Sequence[Prompt]
     tasks: Sequence[EvalTask]
     decode: Callable[[Sequence[int]], str]
     batching: Mapping[str, Any]
-    credit: Mapping[str, Any]
+    credit: CreditRules
 
     def prompts_at(self, step: int) -> list[Prompt]:
         """The prompts of step ``step``."""
@@ -104,18 +107,22 @@ def assemble(config: RunConfig, checked: Checked, costs: CostLedger, *, checkpoi
     sampler = given.sampler or LocalSampler(_present(student), stop_ids=checked.stop_ids)
     trainer = given.trainer or LocalTrainer(_present(student), config.optim, temperature=temperature)
     teachers, config = _teachers(config, checked, student, sampler, given)
-    config = _resolve_estimator(config, teachers)
+    reference, config = _reference(config, checked, student, sampler)
+    asked = config.objective.estimator
+    config = resolve_estimator(config, teachers)
+    if asked == "auto" and teachers:
+        log.info("objective.estimator: auto -> %s", config.objective.estimator)
     config = _resolve_rest(config, checked, student)
-    full = config.objective.estimator == "full"
     return Parts(
         config=config,
         sampler=MeteredSampler(sampler, costs, "student_sampling", sizes[0]),
         teachers={name: MeteredTeacher(teacher, costs, _size(teacher)) for name, teacher in teachers.items()},
         page_teachers=teachers,
+        reference=MeteredTeacher(reference, costs, _size(reference), "reference_scoring") if reference else None,
         trainer=MeteredTrainer(trainer, costs, sizes),
         evaluator=MeteredSampler(sampler, costs, "evaluation", sizes[0]),
-        objective=_objective(config, teachers),
-        score_kind="hidden" if full else "sampled",
+        objective=build_objective(config, teachers, reference),
+        needs=score_needs(config.objective),
         grader=given.grader or checked.grader,
         prompts=checked.prompts,
         tasks=checked.tasks,
@@ -126,13 +133,7 @@ def assemble(config: RunConfig, checked: Checked, costs: CostLedger, *, checkpoi
             "device": student.device if student else "cpu",
             "dtype": torch.float64 if student and student.dtype == torch.float64 else torch.float32,
         },
-        credit={
-            "full": full,
-            "kl_coef": config.objective.kl_coef,
-            "discount": config.objective.discount,
-            "reward_coef": config.reward_coef,
-            "normalize_rewards": config.objective.normalize_rewards,
-        },
+        credit=credit_rules(config, special_ids=checked.special_ids),
     )
 
 
@@ -253,37 +254,9 @@ def _present(student: LanguageModel | None) -> LanguageModel:
     return student
 
 
-def _resolve_estimator(config: RunConfig, teachers: Mapping[str, Teacher]) -> RunConfig:
-    """auto -> full where every teacher can give hidden states and the discount is 0, else sampled."""
-    objective = config.objective
-    in_process = bool(teachers) and all("hidden" in teacher.kinds for teacher in teachers.values())
-    if objective.estimator == "full" and not in_process:
-        raise ConfigError(
-            "objective.estimator",
-            got='"full" with a teacher that gives log-probabilities of written tokens only',
-            expected="teachers in this process",
-            remedy='use estimator = "sampled"',
-        )
-    if objective.estimator != "auto":
-        return config
-    estimator = "full" if in_process and objective.discount == 0 else "sampled"
-    if teachers:
-        log.info("objective.estimator: auto -> %s", estimator)
-    return config.model_copy(update={"objective": objective.model_copy(update={"estimator": estimator})})
-
-
 def _size(teacher: Teacher) -> int:
     """Weights a scored token passes; 0 where that is not known (a caller's own teacher)."""
     return teacher.model.matmul_parameters()[0] if isinstance(teacher, LocalTeacher) else 0
-
-
-def _objective(config: RunConfig, teachers: Mapping[str, Any]) -> Objective:
-    policy = PolicyGradient(temperature=config.sampling.temperature)
-    if config.objective.estimator != "full":
-        return policy
-    heads = {name: teacher.head for name, teacher in teachers.items()}
-    divergence = FullReverseKL(heads, config.objective.kl_coef, config.sampling.temperature)
-    return Mixture(divergence, policy) if config.reward_coef > 0 else divergence
 
 
 def _teachers(
@@ -308,6 +281,19 @@ def _teachers(
     return teachers, config.model_copy(update={"teacher": default, "teachers": resolved})
 
 
+def _reference(
+    config: RunConfig, checked: Checked, student: LanguageModel | None, sampler: Sampler
+) -> tuple[LocalTeacher | None, RunConfig]:
+    """The reference model, if there is one, and the configuration with its dtype resolved."""
+    if config.reference is None or not checked.prompts:  # `sft` has no use for it
+        return None, config
+    reference, dtype = _load_teacher(
+        config.reference, config, checked, student, sampler, checked.prompts, role="reference"
+    )
+    log.info("reference %s: %s on %s", config.reference.model, dtype, reference.model.device)
+    return reference, config.model_copy(update={"reference": config.reference.model_copy(update={"dtype": dtype})})
+
+
 def _load_teacher(
     teacher: TeacherConfig,
     config: RunConfig,
@@ -315,12 +301,14 @@ def _load_teacher(
     student: LanguageModel | None,
     sampler: Sampler,
     prompts: Sequence[Prompt],
+    *,
+    role: str = "teacher",
 ) -> tuple[LocalTeacher, str]:
     """A frozen teacher and the name of the dtype it ended up in."""
     device = student.device if teacher.device == "auto" and student else pick_device(teacher.device)
 
     def load(dtype: torch.dtype) -> LocalTeacher:
-        model = load_model(teacher.model, role="teacher", dtype=dtype, device=device).requires_grad_(False)
+        model = load_model(teacher.model, role=role, dtype=dtype, device=device).requires_grad_(False)
         return LocalTeacher(
             LanguageModel(model, vocab_size=checked.vocab_size),
             temperature=config.sampling.temperature,
@@ -329,12 +317,12 @@ def _load_teacher(
 
     if teacher.dtype != "auto":
         return load(getattr(torch, teacher.dtype)), teacher.dtype
-    shape = meta_shape(teacher.model, role="teacher")
+    shape = meta_shape(teacher.model, role=role)
     if student is not None and shape == student.shape:
-        log.info("teacher %s has the student's shape: scored in the student's dtype", teacher.model)
+        log.info("%s %s has the student's shape: scored in the student's dtype", role, teacher.model)
         return load(student.dtype), _dtype_name(student)
     if _too_large_to_compare(sum(shape), device):
-        log.info("teacher %s in bfloat16: two precisions of it do not fit in memory to be compared", teacher.model)
+        log.info("%s %s in bfloat16: two precisions of it do not fit in memory to be compared", role, teacher.model)
         return load(torch.bfloat16), "bfloat16"
     loaded = load(torch.float32)
     large = sum(shape) >= _BF16_MIN_PARAMETERS
@@ -344,7 +332,8 @@ def _load_teacher(
     error, signal = _precision_error(loaded, half, sampler, prompts, config)
     chosen = error <= _BF16_MAX_ERROR_SHARE * signal
     log.info(
-        "teacher %s in %s: bfloat16 errs by %.4f nats a token against a reverse KL of %.4f",
+        "%s %s in %s: bfloat16 errs by %.4f nats a token against a reverse KL of %.4f",
+        role,
         teacher.model,
         "bfloat16" if chosen else "float32",
         error,

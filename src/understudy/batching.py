@@ -113,10 +113,17 @@ def _make_batch(
         rows = [_checked(getattr(example, name), example) for example in examples]
         return torch.tensor([value for row in rows for value in row], dtype=dtype, device=device)
 
+    def optional(name: str, dtype: torch.dtype) -> Tensor | None:
+        return None if all(getattr(example, name) is None for example in examples) else column(name, dtype)
+
+    def hidden(name: str) -> Tensor | None:
+        if all(getattr(example, name) is None for example in examples):
+            return None
+        return torch.cat([_checked(getattr(example, name), example) for example in examples]).cpu()
+
     layout = lay_out(examples, device=device, packing=packing)
-    has_policy = any(e.advantages is not None for e in examples)
-    has_hidden = any(e.teacher_hidden is not None for e in examples)
-    hidden = [_checked(e.teacher_hidden, e) for e in examples] if has_hidden else None
+    # A policy loss needs both: where one is missing, that is an error.
+    has_policy = any(example.advantages is not None for example in examples)
     return Batch(
         input_ids=layout.input_ids,
         position_ids=layout.position_ids,
@@ -124,10 +131,15 @@ def _make_batch(
         target_ids=layout.target_ids,
         loss_mask=column("loss_mask", torch.bool),
         sampler_logprobs=column("sampler_logprobs", dtype) if has_policy else None,
-        advantages=column("advantages", dtype) if has_policy else None,
-        teacher_hidden=None if hidden is None else torch.cat(hidden).cpu(),
+        advantages=optional("advantages", dtype),
+        teacher_hidden=hidden("teacher_hidden"),
         teacher=examples[0].teacher,
         sequence_tokens=sum(len(e.prompt_ids) + len(e.completion_ids) for e in examples),
+        num_sequences=sum(any(e.loss_mask) for e in examples),
+        reference_hidden=hidden("reference_hidden"),
+        topk_ids=optional("topk_ids", torch.long),
+        topk_logprobs=optional("topk_logprobs", dtype),
+        weights=optional("weights", dtype),
     )
 
 

@@ -140,6 +140,27 @@ def keys(*, schema: bool = False) -> int:
 
 
 @app.command
+def estimators() -> int:
+    """What each objective's expected gradient is, its variance and its price: the page docs/estimators.md.
+
+    Computed on the spot by writing down every outcome of sampling in small random worlds; half a minute.
+
+    For example:
+
+        understudy estimators > docs/estimators.md
+    """
+    import torch
+
+    from understudy.estimators.table import render
+
+    torch.set_num_threads(1)  # tensors of a few hundred numbers
+    with Console(stderr=True).status("writing down every outcome"):
+        page = render()
+    print(page, end="")
+    return 0
+
+
+@app.command
 def demo(
     name: Literal["ledger", "assistant"] = "ledger", *, output: Path | None = None, seed: int = 0, smoke: Smoke = False
 ) -> int:

@@ -7,23 +7,18 @@ from __future__ import annotations
 
 import difflib
 import re
-import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from understudy.config_base import Section, read_toml, set_dotted, toml_value
+from understudy.config_objective import ObjectiveConfig
 from understudy.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
-    )
 
 
 class LoraConfig(Section):
@@ -115,22 +110,6 @@ class SamplingConfig(Section):
     """What ends a completion. Absent: the model's own end-of-text ids, which student and teacher must share."""
     max_batch_rows: int = Field(default=256, ge=1)
     """Completions decoded at once: bounds the KV cache, changes no result beyond float noise."""
-
-
-class ObjectiveConfig(Section):
-    """What the student learns from. advantages = -kl_coef * reverse_kl + reward_coef * group-centred reward."""
-
-    estimator: Literal["auto", "sampled", "full"] = "auto"
-    """sampled: the reverse KL of the written token, as advantage. full: the exact reverse KL over the vocabulary, same
-    expected gradient, less variance. auto: full where the teacher is in process and discount is 0."""
-    kl_coef: float = Field(default=1.0, ge=0)
-    """Weight of the teacher's signal."""
-    discount: float = Field(default=0.0, ge=0, le=1)
-    """Credit a token with later tokens' signal too: sum over k >= t of discount**(k - t). `sampled` only."""
-    reward_coef: float | None = Field(default=None, ge=0)
-    """Weight of group-centred task rewards. Absent: 1 without a teacher, 0 with one."""
-    normalize_rewards: bool = False
-    """Divide group-centred rewards by the group's standard deviation (GRPO). Never applied to the teacher's signal."""
 
 
 class RewardConfig(Section):
@@ -234,6 +213,9 @@ class RunConfig(Section):
     """The default teacher."""
     teachers: dict[str, TeacherConfig] = Field(default_factory=dict)
     """Further teachers by name; a row picks one with "teacher"."""
+    reference: TeacherConfig | None = None
+    """The model r that objective.extrapolation and objective.anchor_coef measure from, e.g. the student as it was. It
+    reads the student's prompt."""
     prompts: PromptsConfig | None = None
     sampling: SamplingConfig = SamplingConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -263,7 +245,17 @@ class RunConfig(Section):
         """The weight of rewards in force."""
         if self.objective.reward_coef is not None:
             return self.objective.reward_coef
-        return 0.0 if self.all_teachers else 1.0
+        return 0.0 if self.all_teachers or self.objective.control == "fixed_negative" else 1.0
+
+    @property
+    def training_sampling(self) -> SamplingConfig:
+        """How training samples: a rollout stops where objective.tokens.first ends what is trained, unless its whole
+        answer is graded."""
+        first = self.objective.tokens.first
+        if first is None or self.reward_coef > 0:
+            return self.sampling
+        length = min(first, self.sampling.max_completion_tokens)
+        return self.sampling.model_copy(update={"max_completion_tokens": length})
 
     @classmethod
     def from_toml(cls, path: str | Path, overrides: Mapping[str, object] = {}) -> Self:
@@ -271,9 +263,9 @@ class RunConfig(Section):
 
         Raises ConfigError for a missing or malformed file, unknown keys (with the nearest valid name) and wrong types.
         """
-        tree = _read_toml(Path(path))
+        tree = read_toml(Path(path))
         for key, value in overrides.items():
-            _set_dotted(tree, key, _toml_value(value) if isinstance(value, str) else value)
+            set_dotted(tree, key, toml_value(value) if isinstance(value, str) else value)
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
@@ -310,44 +302,6 @@ def _section_type(annotation: Any) -> type[BaseModel] | None:
 
 def _type_name(annotation: Any) -> str:
     return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(
-            f"configuration {path}",
-            got="a folder" if path.is_dir() else "no such file",
-            expected="a TOML file",
-            remedy=f"check the path (working folder: {Path.cwd()}); README.md shows a complete example",
-        )
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"configuration {path}",
-            got=str(error),
-            expected="valid TOML",
-            remedy='mind quotes around text and [section] headers, e.g. model = "checkpoints/student"',
-        ) from None
-
-
-def _toml_value(text: str) -> object:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text  # bare words are text, so that --student.model Qwen/Qwen3-8B-Base needs no quotes
-
-
-def _set_dotted(tree: dict[str, Any], key: str, value: object) -> None:
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        # --student.gradient-checkpointing is well meant; but a [teachers.my-teacher] keeps its name.
-        parent = parent if parent in tree else parent.replace("-", "_")
-        node = tree.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"--{key}", got=f"{parent} = {node!r}", expected="a section", remedy=f"drop --{key}")
-        tree = node
-    tree[leaf if leaf in tree else leaf.replace("-", "_")] = value
 
 
 def _nearest(name: str) -> str:

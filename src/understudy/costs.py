@@ -103,8 +103,10 @@ class MeteredSampler:
 class MeteredTeacher:
     """A teacher whose work goes into the ledger."""
 
-    def __init__(self, teacher: Teacher, costs: CostLedger, num_matmul_parameters: int) -> None:
-        self._teacher, self._costs, self._size = teacher, costs, num_matmul_parameters
+    def __init__(
+        self, teacher: Teacher, costs: CostLedger, num_matmul_parameters: int, role: str = "teacher_scoring"
+    ) -> None:
+        self._teacher, self._costs, self._role, self._size = teacher, costs, role, num_matmul_parameters
         self.kinds = teacher.kinds
 
     def compute_logprobs(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:
@@ -118,7 +120,7 @@ class MeteredTeacher:
         seconds = _now() - start
         tokens = sum(len(s.prompt_ids) + len(s.completion_ids) for s in sequences)
         flops = forward_flops(self._size, tokens)
-        self._costs.add("teacher_scoring", tokens=tokens, flops=flops, seconds=seconds)
+        self._costs.add(self._role, tokens=tokens, flops=flops, seconds=seconds)
         return scores
 
 
@@ -142,10 +144,10 @@ class MeteredTrainer:
         self._costs.add("student_training", tokens=tokens, flops=flops, seconds=seconds)
         return output
 
-    def optimizer_step(self, *, learning_rate: float, num_tokens: int) -> Mapping[str, float]:
+    def optimizer_step(self, *, learning_rate: float, divisor: int) -> Mapping[str, float]:
         """See ``Trainer.optimizer_step``."""
         start = _now()
-        metrics = self._trainer.optimizer_step(learning_rate=learning_rate, num_tokens=num_tokens)
+        metrics = self._trainer.optimizer_step(learning_rate=learning_rate, divisor=divisor)
         self._costs.add("student_training", tokens=0, flops=0.0, seconds=_now() - start)
         return metrics
 

@@ -3,6 +3,7 @@
 UnderstudyError
 ├── ConfigError      bad input, found before compute is spent            exit code 2
 └── RunError         something failed while running; state is kept       exit code 1
+    └── ZeroProbabilityError    an infinite divergence, with the position where it is
 """
 
 from __future__ import annotations
@@ -28,3 +29,7 @@ class RunError(UnderstudyError, RuntimeError):
     """A run that had started cannot go on. Its checkpoints and logs are intact."""
 
     exit_code = 1
+
+
+class ZeroProbabilityError(RunError, ValueError):
+    """A divergence is infinite: one of the two models gives a token probability zero where the other does not."""

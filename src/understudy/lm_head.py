@@ -1,22 +1,33 @@
-"""Hidden states -> log-probabilities. Only completion positions come here, so no softmax is spent on prompts.
+"""Hidden states -> log-probabilities, losses and divergences over the vocabulary, without the [N, V] logits.
 
-Log-softmax is always float32 or wider, whatever the model's dtype.
+Only completion positions come here, so no softmax is spent on prompts. Log-softmax is always float32 or wider, whatever
+the model's dtype. The work is done in ``head_kernels``, tile by tile, with gradients in closed form; they reach hidden
+states, weight and bias, each where it requires one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from understudy.losses import DIVERGENCE_METRICS, DivergenceKind, Reduction, divergence_columns
+from understudy.divergences import REVERSE_KL, Divergence, DivergenceKind
+from understudy.head_kernels import (
+    BlockLoss,
+    DivergenceInputs,
+    GradientSums,
+    Projection,
+    SelectedLogprobs,
+    WithGradient,
+    detached,
+    divergence_kernel,
+    loss_kernel,
+    topk_kernel,
+)
+from understudy.losses import Reduction, check_finite, divergence_metrics
 from understudy.types import LossOutput
-
-# Logits held at once, in numbers: 2**25 float32 are 128 MiB. Larger inputs go through in slices, recomputed backwards.
-MAX_LOGITS = 2**25
 
 
 @dataclass(frozen=True)
@@ -24,24 +35,33 @@ class LMHead:
     """The map from a hidden state [H] to logits [V].
 
     ``softcap``: ``softcap * tanh(logits / softcap)`` (Gemma 2). ``scale`` multiplies logits (Cohere; 1 / Granite's).
+    ``rows``: only the first ``rows`` ids count (padding beyond them means nothing). The weight itself stays whole:
+    slicing a parameter would make autograd pad every gradient back to full size.
+
+    Raises:
+        ValueError: more rows than the weight has.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
+    rows: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rows is not None and not 0 < self.rows <= self.weight.shape[0]:
+            raise ValueError(f"got rows = {self.rows}; expected 1 to the weight's {self.weight.shape[0]}")
 
     def sliced(self, vocab_size: int) -> LMHead:
         """The head over the first ``vocab_size`` ids only."""
-        if vocab_size == self.weight.shape[0]:
-            return self
-        bias = None if self.bias is None else self.bias[:vocab_size]
-        return LMHead(self.weight[:vocab_size], bias, self.softcap, self.scale)
+        return self if vocab_size == self.vocab_size else replace(self, rows=vocab_size)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, H] -> [N, V] in float32 (float64 stays)."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias) * self.scale
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        weight = self.weight[: self.vocab_size]
+        bias = None if self.bias is None else self.bias[: self.vocab_size]
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+        logits = (logits if logits.dtype == torch.float64 else logits.float()) * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def logprobs(self, hidden: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -50,8 +70,8 @@ class LMHead:
 
     @property
     def vocab_size(self) -> int:
-        """V."""
-        return self.weight.shape[0]
+        """V: the ids that count."""
+        return self.weight.shape[0] if self.rows is None else self.rows
 
 
 def selected_logprobs(
@@ -63,19 +83,124 @@ def selected_logprobs(
     temperature: float = 1.0,
     softcap: float | None = None,
     scale: float = 1.0,
+    vocab_size: int | None = None,
 ) -> Tensor:
-    """Log-probability of one token per hidden state: [N, H], [V, H], [N] -> [N] float32."""
-    return head_logprobs(LMHead(weight, bias, softcap, scale), hidden, target_ids, temperature=temperature)
+    """Log-probabilities of one or K tokens per hidden state: [N, H], [V, H], [N] or [N, K] -> float32 [N] or [N, K].
+
+    ``vocab_size``: only the first ids count. float64 stays float64.
+
+    Raises:
+        ValueError: hidden states and weight differ in dtype (outside autocast), or an id lies outside the vocabulary.
+    """
+    head = LMHead(weight, bias, softcap, scale, vocab_size)
+    return head_logprobs(head, hidden, target_ids, temperature=temperature)
 
 
 def head_logprobs(head: LMHead, hidden: Tensor, target_ids: Tensor, *, temperature: float = 1.0) -> Tensor:
     """``selected_logprobs`` for an ``LMHead``."""
+    _check_ids(head, target_ids)
+    ids = target_ids if target_ids.dim() == 2 else target_ids[:, None]
+    cast = _cast(head, hidden, temperature)
+    logprobs = SelectedLogprobs.apply(hidden, head.weight, head.bias, ids, cast)
+    assert isinstance(logprobs, Tensor)
+    return logprobs.view(target_ids.shape)
 
-    def piece(hidden: Tensor, target_ids: Tensor) -> Tensor:
-        logits = head.logits(hidden) / temperature
-        return logits.gather(-1, target_ids[:, None])[:, 0] - logits.logsumexp(-1)
 
-    return torch.cat(in_slices(piece, (hidden, target_ids), head.vocab_size))
+def head_topk(head: LMHead, hidden: Tensor, k: int, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The ``k`` likeliest tokens (all, if there are fewer) after each hidden state [N, H]: log-probabilities [N, k],
+    best first, and ids [N, k]. No gradient."""
+    own, projection = _projected(head, hidden, temperature)
+    with detached(hidden.device):
+        return topk_kernel(projection, own, min(k, head.vocab_size))
+
+
+def logprob_loss(
+    head: LMHead, hidden: Tensor, target_ids: Tensor, token_loss: BlockLoss, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """A loss of ``selected_logprobs``: (scalar, log-probabilities [N] or [N, K], detached).
+
+    ``token_loss``: (log-probabilities of a block of tokens, their rows) -> scalar. The loss is its sum over blocks, so
+    it must be a sum over tokens that looks at each block alone: a policy loss, cross-entropy, a top-k divergence. It
+    is differentiated with respect to the log-probabilities only. Gradients are formed right here, which saves a second
+    projection; a later ``backward`` hands them out.
+
+        logprob_loss(head, hidden, ids, lambda logprobs, rows: -(advantages[rows] * logprobs).sum())
+
+    Raises:
+        ValueError: see ``selected_logprobs``.
+    """
+    _check_ids(head, target_ids)
+    ids = target_ids if target_ids.dim() == 2 else target_ids[:, None]
+
+    def block_loss(logprobs: Tensor, rows: slice) -> Tensor:
+        return token_loss(logprobs if target_ids.dim() == 2 else logprobs[:, 0], rows)
+
+    own, projection = _projected(head, hidden, temperature)
+    sums = _sums(head, hidden, projection)
+    with detached(hidden.device):
+        loss, logprobs = loss_kernel(projection, own, ids, block_loss, sums)
+    return _with_gradient(loss, sums, head, hidden), logprobs.view(target_ids.shape)
+
+
+def head_divergence(
+    student_head: LMHead,
+    teacher_head: LMHead,
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    loss_mask: Tensor,
+    *,
+    divergence: Divergence = REVERSE_KL,
+    weights: Tensor | None = None,
+    temperature: float = 1.0,
+) -> LossOutput:
+    """``losses.distribution_divergence`` of two heads' outputs: ``sum_n weights_n D_n`` over the mask.
+
+    Hidden states [N, H_student] and [N, H_teacher], mask and weights [N]. The heads may differ in width, dtype, device
+    and everything but the vocabulary; nothing flows back to the teacher's. Positions outside the mask are not looked
+    at. Metrics (sums over the mask, without weights): see ``losses.divergence_metrics``.
+
+    Raises:
+        ValueError: different vocabularies; hidden states and weight of one head differ in dtype (outside autocast).
+        ZeroProbabilityError: the divergence is infinite at a position, which the message names.
+    """
+    rows = loss_mask.nonzero()[:, 0]
+    heads = student_head, teacher_head
+    inputs, sums = _divergence_inputs(heads, student_hidden, teacher_hidden, rows, weights, divergence, temperature)
+    with detached(student_hidden.device, teacher_head.weight.device):
+        columns = divergence_kernel(inputs, sums)
+        loss = (inputs.weights * columns[:, 0]).sum()
+
+    def logprobs(n: int) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            log_q = teacher_head.logprobs(
+                teacher_hidden[n : n + 1].to(teacher_head.weight.device, teacher_head.weight.dtype),
+                temperature=temperature,
+            )
+            own = student_hidden[n : n + 1].to(student_head.weight.dtype)
+            return student_head.logprobs(own, temperature=temperature)[0], log_q[0].to(own.device)
+
+    values = columns.new_zeros(loss_mask.shape).index_put((rows,), columns[:, 0])
+    check_finite(values, loss_mask, logprobs)
+    metrics = divergence_metrics(divergence, columns, torch.ones_like(rows, dtype=torch.bool))
+    return LossOutput(_with_gradient(loss, sums, student_head, student_hidden), metrics)
+
+
+def divergence_columns(
+    student_head: LMHead,
+    teacher_head: LMHead,
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    *,
+    divergence: Divergence = REVERSE_KL,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Per position [N, 3], or [N, 4] for ``entropy_gated``: divergence, student's entropy, teacher's, gate. No
+    gradient; infinite divergences come out as such."""
+    rows = torch.arange(len(student_hidden), device=student_hidden.device)
+    heads = student_head, teacher_head
+    with detached(student_hidden.device, teacher_head.weight.device):
+        inputs, sums = _divergence_inputs(heads, student_hidden, teacher_hidden, rows, None, divergence, temperature)
+        return divergence_kernel(inputs, sums)
 
 
 def divergence_from_hidden(
@@ -86,46 +211,101 @@ def divergence_from_hidden(
     loss_mask: Tensor,
     *,
     kind: DivergenceKind = "reverse_kl",
+    beta: float = 0.5,
+    skew: float = 0.1,
+    entropy_threshold: float = 1.0,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
     reduction: Reduction = "sum",
 ) -> LossOutput:
-    """``distribution_divergence`` of two heads' outputs: [N, H_s], [V, H_s], [N, H_t], [V, H_t], [N] -> scalar.
+    """``head_divergence`` of plain tensors: [N, H_s], [V, H_s], [N, H_t], [V, H_t], [N] -> scalar.
 
-    Raises:
-        ValueError: a kind other than "reverse_kl".
+    ``kind``, ``beta``, ``skew``, ``entropy_threshold``: see ``Divergence``. ``vocab_size``: only the first ids count,
+    for weights padded to different lengths.
     """
-    if kind != "reverse_kl":
-        raise ValueError(f"got kind {kind!r}; expected 'reverse_kl'")
-    output = head_divergence(LMHead(student_weight), LMHead(teacher_weight), student_hidden, teacher_hidden, loss_mask)
+    output = head_divergence(
+        LMHead(student_weight, rows=vocab_size),
+        LMHead(teacher_weight, rows=vocab_size),
+        student_hidden,
+        teacher_hidden,
+        loss_mask,
+        divergence=Divergence(kind, beta, skew, entropy_threshold),
+        temperature=temperature,
+    )
     return LossOutput(output.loss / loss_mask.sum(), output.metrics) if reduction == "mean" else output
 
 
-def head_divergence(
-    student_head: LMHead,
-    teacher_head: LMHead,
+def _divergence_inputs(
+    heads: tuple[LMHead, LMHead],
     student_hidden: Tensor,
     teacher_hidden: Tensor,
-    loss_mask: Tensor,
-    *,
-    temperature: float = 1.0,
-) -> LossOutput:
-    """``divergence_from_hidden`` for two ``LMHead``s, which may sit on different devices."""
+    rows: Tensor,
+    weights: Tensor | None,
+    divergence: Divergence,
+    temperature: float,
+) -> tuple[DivergenceInputs, GradientSums]:
+    student_head, teacher_head = heads
+    if student_head.vocab_size != teacher_head.vocab_size:
+        raise ValueError(
+            f"got a student's head over {student_head.vocab_size} ids and a teacher's over {teacher_head.vocab_size}; "
+            "expected one vocabulary. Restrict both to the ids they share (LMHead.rows, or vocab_size)"
+        )
+    student_own, student = _projected(student_head, student_hidden, temperature)
+    teacher_own, teacher = _projected(teacher_head, teacher_hidden, temperature)
+    sums = _sums(student_head, student_hidden, student)
+    weights = torch.ones(len(rows), dtype=student.wide, device=rows.device) if weights is None else weights[rows]
+    weights = weights.detach().to(student.wide)
+    return DivergenceInputs(student, teacher, student_own, teacher_own, rows, weights, divergence), sums
 
-    def piece(student_hidden: Tensor, teacher_hidden: Tensor, loss_mask: Tensor) -> Tensor:
-        with torch.no_grad():
-            teacher_logits = teacher_head.logits(teacher_hidden.to(teacher_head.weight.device)) / temperature
-        student_logits = student_head.logits(student_hidden) / temperature
-        return divergence_columns(student_logits, teacher_logits.to(student_logits.device), loss_mask).sum(0)
 
-    inputs = (student_hidden, teacher_hidden, loss_mask)
-    columns = torch.stack(in_slices(piece, inputs, student_head.vocab_size)).sum(0)
-    return LossOutput(columns[0], dict(zip(DIVERGENCE_METRICS, columns.tolist(), strict=True)))
+def _projected(head: LMHead, hidden: Tensor, temperature: float) -> tuple[Tensor, Projection]:
+    return _cast(head, hidden, temperature)(hidden, head.weight, head.bias)
 
 
-def in_slices(piece: Callable[..., Tensor], inputs: Sequence[Tensor], vocab_size: int) -> list[Tensor]:
-    """``piece`` over slices of ``inputs`` ([N, ...] each) that hold at most MAX_LOGITS logits; the backward pass
-    recomputes a slice instead of keeping its logits. One slice runs plainly."""
-    rows = max(1, MAX_LOGITS // vocab_size)
-    slices = list(zip(*(tensor.split(rows) for tensor in inputs), strict=True))
-    if len(slices) <= 1:
-        return [piece(*inputs)]
-    return [checkpoint(piece, *part, use_reentrant=False) for part in slices]
+def _cast(
+    head: LMHead, hidden: Tensor, temperature: float
+) -> Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Projection]]:
+    """What brings hidden states, weight and bias to the dtype to multiply in: autocast's, or their own."""
+    given, kind = head.weight.dtype, head.weight.device.type
+    # As autocast does it: float64 is left alone.
+    autocast = torch.is_autocast_enabled(kind) and torch.float64 not in (given, hidden.dtype)
+    if not autocast and hidden.dtype != given:
+        raise ValueError(
+            f"got hidden states in {hidden.dtype} and an LM head in {given}; expected one dtype. Cast one of them, or "
+            "run under torch.autocast"
+        )
+    dtype = torch.get_autocast_dtype(kind) if autocast else given
+
+    def cast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Projection]:
+        bias = None if bias is None else bias.detach().to(dtype)
+        projection = Projection(weight.detach().to(dtype), bias, head.vocab_size, head.softcap, head.scale, temperature)
+        return hidden.detach().to(dtype), projection
+
+    return cast
+
+
+def _sums(head: LMHead, hidden: Tensor, projection: Projection) -> GradientSums:
+    """Room for the gradients that somebody will ask for."""
+    inputs = hidden, head.weight, head.bias
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    return GradientSums(projection, hidden, head.weight.shape[0], (needs[0], needs[1], needs[2]))
+
+
+def _with_gradient(loss: Tensor, sums: GradientSums, head: LMHead, hidden: Tensor) -> Tensor:
+    inputs = hidden, head.weight, head.bias
+    gradients = sums.result(*inputs)
+    if all(x is None for x in gradients):
+        return loss
+    attached = WithGradient.apply(loss, gradients, *inputs)
+    assert isinstance(attached, Tensor)
+    return attached
+
+
+def _check_ids(head: LMHead, target_ids: Tensor) -> None:
+    if target_ids.numel() == 0:
+        return
+    low, high = (int(x) for x in target_ids.aminmax())
+    if low < 0 or high >= head.vocab_size:
+        raise ValueError(
+            f"got token ids from {low} to {high}; expected 0 to {head.vocab_size - 1}, the LM head's vocabulary"
+        )

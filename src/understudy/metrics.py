@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from understudy.checkpoints import write_atomic
-from understudy.types import ScoredRollout
+from understudy.config_objective import ObjectiveConfig
+from understudy.divergences import KINDS
+from understudy.types import Rollout, ScoredRollout, Scores
 
 
 class MetricsLog:
@@ -39,8 +41,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def rollout_metrics(scored: Sequence[ScoredRollout]) -> dict[str, float]:
-    """What the students wrote and what its teacher thought of it. Token means unless said."""
+def rollout_metrics(
+    scored: Sequence[ScoredRollout], objective: ObjectiveConfig = ObjectiveConfig()
+) -> dict[str, float]:
+    """What the student wrote and what its teacher thought of it. Token means unless said."""
     rollouts = [s.rollout for s in scored]
     lengths = [len(r.completion_ids) for r in rollouts]
     tokens = sum(lengths)
@@ -51,20 +55,32 @@ def rollout_metrics(scored: Sequence[ScoredRollout]) -> dict[str, float]:
         "repeated_4gram/share": sum(_repeats(r.completion_ids) for r in rollouts) / max(1, tokens),
         "entropy/sampled": -sum(math.fsum(r.sampler_logprobs) for r in rollouts) / tokens,
     }
-    marked = [s for s in scored if s.scores is not None]
-    if marked:
-        gaps = [
-            p - q
-            for s in marked
-            if s.scores is not None
-            for p, q in zip(s.rollout.sampler_logprobs, s.scores.teacher_logprobs, strict=True)
-        ]
+    gaps = _gaps([(s.rollout, s.scores) for s in scored])
+    if gaps:
         metrics["reverse_kl/mean"] = math.fsum(gaps) / len(gaps)
         metrics["reverse_kl/max"] = max(gaps)
+    drift = _gaps([(s.rollout, s.reference) for s in scored])
+    if gaps and objective.signal_clip is not None:
+        limit, share = objective.signal_clip, objective.extrapolation
+        # What is clipped is the whole signal, extrapolated where it is.
+        signals = gaps if share == 1 else [share * q + (1 - share) * r for q, r in zip(gaps, drift, strict=True)]
+        metrics["reverse_kl/clipped_share"] = sum(abs(signal) > limit for signal in signals) / len(signals)
+    if drift:
+        metrics["reference_kl/mean"] = math.fsum(drift) / len(drift)
     rewards = [s.reward for s in scored if s.reward is not None]
     if rewards:
         metrics["reward/mean"] = sum(rewards) / len(rewards)
     return metrics
+
+
+def _gaps(marked: Sequence[tuple[Rollout, Scores | None]]) -> list[float]:
+    """log p - log q of every written token."""
+    return [
+        p - q
+        for rollout, scores in marked
+        if scores is not None
+        for p, q in zip(rollout.sampler_logprobs, scores.teacher_logprobs, strict=True)
+    ]
 
 
 def _repeats(ids: Sequence[int]) -> int:
@@ -86,9 +102,16 @@ _UPDATE_NAMES = {
     "ratio_max": "ratio/max",
     "abs_log_ratio": "ratio/abs_log_mean",
     "abs_log_ratio_max": "ratio/abs_log_max",
-    "reverse_kl_full": "reverse_kl/full",
+    "ratio_clipped": "ratio/clipped_share",
     "student_entropy": "entropy/student",
     "teacher_entropy": "entropy/teacher",
+    "gate": "entropy_gated/share",
+    "topk": "topk/divergence",
+    "topk_student_mass": "topk/student_mass",
+    "topk_teacher_mass": "topk/teacher_mass",
+    "topk_overlap": "topk/overlap",
+    "reference_kl_full": "reference_kl/full",
+    **{f"{kind}_full": f"{kind}/full" for kind in KINDS},
 }
 
 

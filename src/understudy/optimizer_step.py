@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from understudy.backends.protocols import Trainer
 from understudy.config import OptimConfig
@@ -30,12 +31,19 @@ def learning_rate_at(optim: OptimConfig, step: int) -> float:
 
 
 def optimizer_step(
-    trainer: Trainer, batches: Sequence[Batch], objective: Objective, *, learning_rate: float
+    trainer: Trainer,
+    batches: Sequence[Batch],
+    objective: Objective,
+    *,
+    learning_rate: float,
+    reduction: Literal["token_mean", "sum", "sequence_mean"] = "token_mean",
 ) -> Mapping[str, float]:
     """One update over the whole window of micro-batches.
 
-    Sums are added up and divided once by the window's token count, so that the split changes nothing. Returns token
-    means of the objective's metrics, maxima of ``*_max`` ones, ``loss``, ``grad_norm`` and ``tokens``.
+    Sums are added up and divided once, by the window's trained tokens (``token_mean``), its completions
+    (``sequence_mean``; the examples' weights divide by their lengths) or by nothing (``sum``), so that the split
+    changes nothing. Returns token means of the objective's metrics, maxima of ``*_max`` ones, ``loss``, ``grad_norm``
+    and ``tokens``.
 
     Raises RunError when nothing trains or the loss is not finite; the weights are then untouched, but the trainer still
     holds the gradients of this window: the run ends here, and goes on from a checkpoint.
@@ -59,6 +67,8 @@ def optimizer_step(
             "probability zero where the student does not (use another teacher), or weights that overflowed (lower "
             "optim.learning_rate in a new run)"
         )
-    step_metrics = trainer.optimizer_step(learning_rate=learning_rate, num_tokens=num_tokens)
-    means = {name: value / num_tokens for name, value in sums.items()}
+    sequences = sum(batch.num_sequences for batch in batches)
+    divisor = {"token_mean": num_tokens, "sequence_mean": sequences, "sum": 1}[reduction]
+    step_metrics = trainer.optimizer_step(learning_rate=learning_rate, divisor=divisor)
+    means = {name: value / num_tokens for name, value in sums.items()} | {"loss": sums["loss"] / divisor}
     return means | maxima | dict(step_metrics) | {"tokens": num_tokens}

@@ -13,6 +13,7 @@ from understudy.checkpoints import jsonl
 from understudy.config import EvalTaskConfig, RowsConfig, RunConfig, SamplingConfig
 from understudy.errors import ConfigError
 from understudy.evaluation import EvalTask
+from understudy.preflight_objective import check_objective
 from understudy.prompts import load_prompts
 from understudy.rows import Row, read_rows
 from understudy.tasks import GRADERS, Grader, load_grader
@@ -29,6 +30,7 @@ class Checked:
     student: ModelText
     teachers: Mapping[str, ModelText]
     stop_ids: frozenset[int]
+    special_ids: frozenset[int]
     vocab_size: int
     prompts: Sequence[Prompt]
     rows: Sequence[Row]
@@ -51,22 +53,29 @@ def check_run(config: RunConfig, method: Method, *, grader: Grader | None = None
         grader = load_grader(config.reward.grader)
     tasks = () if method == "generate" else config.evaluation.tasks
     graders = [load_grader(task.grader) for task in tasks]
-    student, teachers = _texts(config, method)
+    student, teachers, reference = _texts(config, method)
     stop_ids = resolve_stop_ids(student, teachers, config.sampling.stop_token_ids)
     prompts: Sequence[Prompt] = []
     if config.prompts and method in ("distill", "rl", "generate"):
         length = config.sampling.max_completion_tokens
         prompts = load_prompts(config.prompts, student, teachers, max_completion_tokens=length)
+    if reference is not None:
+        _check_reference(reference, student, prompts, config)
     if config.prompts and grader is not None:
         _check_answers(prompts, grader, config.prompts)
     rows = read_rows(config.prompts) if config.prompts and method in ("sft", "generate") else []
     if method == "generate":
         _check_writable(rows)
+    texts = [student, *teachers.values(), *([reference] if reference else [])]
+    vocab_size = min(text.vocab_width for text in texts)
+    if method == "distill":
+        _check_topk(config, vocab_size)
     return Checked(
         student=student,
         teachers=teachers,
         stop_ids=stop_ids,
-        vocab_size=min(text.vocab_width for text in (student, *teachers.values())),
+        special_ids=frozenset(student.tokenizer.all_special_ids) - stop_ids,
+        vocab_size=vocab_size,
         prompts=prompts,
         rows=rows,
         tasks=[_eval_task(config, task, own, student) for task, own in zip(tasks, graders, strict=True)],
@@ -76,7 +85,8 @@ def check_run(config: RunConfig, method: Method, *, grader: Grader | None = None
 
 def _check_machine(config: RunConfig, method: Method) -> None:
     """What this machine lacks: devices that are named, and the package that adapters need."""
-    teachers = config.all_teachers.values() if method == "distill" else []
+    teachers = [*config.all_teachers.values()] if method == "distill" else []
+    teachers += [config.reference] if config.reference and method in ("distill", "rl") else []
     models = [config.teacher] if method == "generate" and config.teacher else [config.student, *teachers]
     for device in {model.device for model in models} - {"auto"}:
         pick_device(device)
@@ -102,18 +112,41 @@ def _check_writable(rows: Sequence[Row]) -> None:
             ) from None
 
 
-def _texts(config: RunConfig, method: Method) -> tuple[ModelText, dict[str, ModelText]]:
-    """Who reads and who marks: `generate` has only a writer, `sft` and `eval` have no teacher."""
+def _texts(config: RunConfig, method: Method) -> tuple[ModelText, dict[str, ModelText], ModelText | None]:
+    """Who reads, who marks, who is the reference: `generate` has only a writer, `sft` and `eval` only a student."""
     if method == "generate":
         assert config.teacher is not None
-        return load_text(config.teacher.model, "teacher"), {}
+        return load_text(config.teacher.model, "teacher"), {}, None
     student = load_text(config.student.model, "student")
     if method in ("sft", "eval"):
-        return student, {}
+        return student, {}, None
     teachers = {name: load_text(teacher.model, "teacher") for name, teacher in config.all_teachers.items()}
-    for teacher in teachers.values():
-        check_same_tokens(student, teacher)
-    return student, teachers
+    reference = load_text(config.reference.model, "reference") if config.reference else None
+    for other in [*teachers.values(), *([reference] if reference else [])]:
+        check_same_tokens(student, other)
+    return student, teachers, reference
+
+
+def _check_reference(reference: ModelText, student: ModelText, prompts: Sequence[Prompt], config: RunConfig) -> None:
+    """The reference reads what the student reads."""
+    longest = max((len(prompt.prompt_ids) for prompt in prompts), default=0) + config.sampling.max_completion_tokens
+    if longest > reference.context_length:
+        raise ConfigError(
+            "reference.model",
+            got=f"a context of {reference.context_length} tokens",
+            expected=f"at least {longest}, the longest prompt and sampling.max_completion_tokens",
+            remedy="use another reference, or shorter prompts or completions",
+        )
+
+
+def _check_topk(config: RunConfig, vocab_size: int) -> None:
+    if config.objective.estimator == "topk" and config.objective.topk > vocab_size:
+        raise ConfigError(
+            "objective.topk",
+            got=str(config.objective.topk),
+            expected=f"at most {vocab_size}, the vocabulary's size",
+            remedy='lower it, or use estimator = "full"',
+        )
 
 
 def _eval_task(config: RunConfig, task: EvalTaskConfig, grader: Grader, student: ModelText) -> EvalTask:
@@ -148,8 +181,9 @@ def _check_answers(prompts: Sequence[Prompt], grader: Grader, source: RowsConfig
 def _check_sections(config: RunConfig, method: Method, *, brought_grader: bool) -> None:
     """What each method needs, and what it must not be given."""
     rewarded = brought_grader or config.reward is not None
+    taught = bool(config.all_teachers) or config.objective.control == "fixed_negative"
     required = {
-        "distill": {"teacher": bool(config.all_teachers), "prompts": config.prompts is not None},
+        "distill": {"teacher": taught, "prompts": config.prompts is not None},
         "rl": {"reward": rewarded, "prompts": config.prompts is not None},
         "sft": {"prompts": config.prompts is not None},
         "generate": {"teacher": config.teacher is not None, "prompts": config.prompts is not None},
@@ -164,36 +198,4 @@ def _check_sections(config: RunConfig, method: Method, *, brought_grader: bool) 
                 remedy="`understudy keys` lists every key; README.md shows complete examples",
             )
     if method in ("distill", "rl"):
-        _check_objective(config, method, rewarded)
-
-
-def _check_objective(config: RunConfig, method: Method, rewarded: bool) -> None:
-    sampling, objective = config.sampling, config.objective
-
-    def refuse(where: str, got: object, expected: str, remedy: str) -> None:
-        raise ConfigError(where, got=str(got), expected=expected, remedy=remedy)
-
-    if sampling.temperature == 0:
-        refuse("sampling.temperature", 0, "above 0 in training", "use 1.0, the article's setting")
-    if sampling.top_p != 1 or sampling.top_k != 0:
-        refuse(
-            "sampling",
-            f"top_p = {sampling.top_p}, top_k = {sampling.top_k}",
-            "no truncation in training: the written tokens' probabilities would not be the trained ones",
-            "drop top_p and top_k; [[evaluation.tasks]] and `generate` may use them",
-        )
-    if objective.estimator == "full" and objective.discount != 0:
-        refuse("objective.discount", objective.discount, '0 with estimator = "full"', 'use estimator = "sampled"')
-    if config.reward_coef > 0 and not rewarded:
-        refuse("objective.reward_coef", config.reward_coef, "a [reward] grader", 'add [reward] grader = "..."')
-    if config.reward_coef > 0 and sampling.group_size < 2:
-        refuse(
-            "sampling.group_size",
-            sampling.group_size,
-            "at least 2 with rewards: they are centred on their group",
-            "set sampling.group_size = 8",
-        )
-    if method == "rl" and config.reward_coef == 0:
-        refuse("objective.reward_coef", 0, "above 0 for rl", "drop it (1 without a teacher) or use `distill`")
-    if method == "distill" and objective.kl_coef == 0:
-        refuse("objective.kl_coef", 0, "above 0 for distill", "drop it, or use `rl`")
+        check_objective(config, method, rewarded)

@@ -30,14 +30,23 @@ def score_rollouts(
         own = [i for i, rollout in enumerate(rollouts) if rollout.prompt.teacher == name]
         answers = teachers[name].score([teacher_view(rollouts[i]) for i in own], kind, topk=topk)
         for i, score in zip(own, answers, strict=True):
-            _check(score, rollouts[i], name)
+            _check(score, rollouts[i], f"teacher {name!r}")
             scores[i] = score
     return [score for score in scores if score is not None]
 
 
-def _check(score: Scores, rollout: Rollout, teacher: str) -> None:
+def score_reference(reference: Teacher, rollouts: Sequence[Rollout], kind: ScoreKind) -> list[Scores]:
+    """Every rollout marked by the reference model, which reads what the student read. Raises as ``score_rollouts``."""
+    sequences = [TokenSequence(rollout.prompt.prompt_ids, rollout.completion_ids) for rollout in rollouts]
+    scores = reference.score(sequences, kind)
+    for score, rollout in zip(scores, rollouts, strict=True):
+        _check(score, rollout, "reference")
+    return scores
+
+
+def _check(score: Scores, rollout: Rollout, who: str) -> None:
     logprobs = score.teacher_logprobs
-    where = f"teacher {teacher!r}, prompt {rollout.prompt.index}"
+    where = f"{who}, prompt {rollout.prompt.index}"
     if len(logprobs) != len(rollout.completion_ids):
         raise RunError(f"{where}: got {len(logprobs)} scores for {len(rollout.completion_ids)} completion tokens")
     for position, value in enumerate(logprobs):

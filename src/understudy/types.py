@@ -104,12 +104,13 @@ Scores = SampledScores | TopkScores | HiddenScores
 
 @dataclass(frozen=True)
 class ScoredRollout:
-    """A rollout with the teacher's marks (``None``: no teacher, as in outcome-reward RL) and its reward (``None``:
-    ungraded)."""
+    """A rollout with the teacher's marks (``None``: no teacher, as in outcome-reward RL), its reward (``None``:
+    ungraded) and the reference model's marks (``None``: no reference)."""
 
     rollout: Rollout
     scores: Scores | None
     reward: float | None
+    reference: Scores | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,9 @@ class TrainingExample:
     """What one sequence teaches. ``None`` means the objective has no such signal.
 
     ``sampler_logprobs`` and ``advantages`` [T] feed a policy loss; ``teacher_hidden`` [T, H] feeds a full-vocabulary
-    divergence against ``teacher``'s head; with neither, the example is supervised (cross-entropy on its completion).
+    divergence against ``teacher``'s head, ``reference_hidden`` one against the reference's; ``topk_ids`` and
+    ``topk_logprobs`` [T, K] are the teacher's. With none of them, the example is supervised (cross-entropy on its
+    completion). ``weights`` [T] multiply each token's loss.
     """
 
     prompt_ids: Sequence[int]
@@ -127,6 +130,10 @@ class TrainingExample:
     advantages: Sequence[float] | None = None
     teacher_hidden: Tensor | None = None
     teacher: str = "default"
+    reference_hidden: Tensor | None = None
+    topk_ids: Sequence[Sequence[int]] | None = None
+    topk_logprobs: Sequence[Sequence[float]] | None = None
+    weights: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -135,8 +142,9 @@ class Batch:
 
     ``token_index`` [N] points into the flattened [B * L] hidden states: entry n is the position that *predicts*
     ``target_ids[n]``. ``position_ids`` [1, L] is given for packed rows (several sequences in one row) only.
-    ``sequence_tokens`` counts prompts and completions, padding left out. ``teacher_hidden`` [N, H] waits on the CPU;
-    the trainer moves it to its own device with the micro-batch it belongs to.
+    ``sequence_tokens`` counts prompts and completions, padding left out; ``num_sequences`` counts completions with a
+    token that trains. ``teacher_hidden`` and ``reference_hidden`` [N, H] wait on the CPU; the trainer moves them to its
+    own device with the micro-batch they belong to.
     """
 
     input_ids: Tensor
@@ -149,6 +157,11 @@ class Batch:
     teacher_hidden: Tensor | None
     teacher: str
     sequence_tokens: int
+    num_sequences: int
+    reference_hidden: Tensor | None = None
+    topk_ids: Tensor | None = None
+    topk_logprobs: Tensor | None = None
+    weights: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

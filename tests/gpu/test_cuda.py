@@ -10,7 +10,7 @@ from understudy.backends.loading import LanguageModel
 from understudy.backends.local import LocalTeacher, LocalTrainer
 from understudy.batching import micro_batches
 from understudy.config import OptimConfig
-from understudy.objectives import FullReverseKL
+from understudy.objectives import FullDivergence
 from understudy.types import TokenSequence, TrainingExample
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -29,7 +29,7 @@ def gradient(teacher_device: str, student_device: str) -> torch.Tensor:
         for s, score in zip(SEQUENCES, teacher.score(SEQUENCES, "hidden"), strict=True)
     ]
     for batch in micro_batches(examples, micro_batch_tokens=64, device=student_device):
-        trainer.forward_backward(batch, FullReverseKL({"default": teacher.head}))
+        trainer.forward_backward(batch, FullDivergence({"default": teacher.head}))
     return torch.cat([p.grad.flatten().cpu() for p in trainer.model.model.parameters() if p.grad is not None])
 
 

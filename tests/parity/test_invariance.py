@@ -19,7 +19,7 @@ from understudy.backends.loading import load_student
 from understudy.backends.local import LocalSampler, LocalTeacher, LocalTrainer
 from understudy.batching import micro_batches
 from understudy.config import OptimConfig, SamplingConfig, StudentConfig
-from understudy.objectives import CrossEntropy, FullReverseKL, Mixture, Objective, PolicyGradient
+from understudy.objectives import CrossEntropy, FullDivergence, Mixture, Objective, PolicyGradient
 from understudy.optimizer_step import optimizer_step
 from understudy.types import Batch, HiddenScores, TokenSequence, TrainingExample
 
@@ -61,7 +61,7 @@ def examples_for(teacher: LocalTeacher, *, seed: int = 0) -> list[TrainingExampl
 
 def objective_for(teacher: LocalTeacher) -> Objective:
     """Both estimators in one gradient."""
-    return Mixture(FullReverseKL({"default": teacher.head}, 0.7, TEMPERATURE), PolicyGradient(TEMPERATURE))
+    return Mixture([FullDivergence({"default": teacher.head}, 0.7, TEMPERATURE), PolicyGradient(TEMPERATURE)])
 
 
 def reference(student: Any, teacher: Any, examples: Sequence[TrainingExample]) -> tuple[float, Tensor]:

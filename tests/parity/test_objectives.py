@@ -29,11 +29,11 @@ from tiny import (
     tiny_model,
     trainer_of,
 )
-from understudy.advantages import training_examples
+from understudy.advantages import CreditRules, training_examples
 from understudy.backends.local import LocalTeacher, LocalTrainer
 from understudy.batching import micro_batches
 from understudy.config import SamplingConfig
-from understudy.objectives import FullReverseKL, Mixture, Objective, PolicyGradient
+from understudy.objectives import FullDivergence, Mixture, Objective, PolicyGradient
 from understudy.optimizer_step import optimizer_step
 from understudy.rollouts import sample_rollouts
 from understudy.teacher_scores import score_rollouts
@@ -76,12 +76,14 @@ class World:
         return [ScoredRollout(*columns) for columns in zip(self.rollouts, scores, rewards, strict=True)]
 
     def examples(self, *, full: bool = False, **credit: Any) -> list[TrainingExample]:
-        return training_examples([[one] for one in self.scored(full=full)], full=full, **credit)
+        return training_examples(
+            [[one] for one in self.scored(full=full)], CreditRules(estimator="full" if full else "sampled", **credit)
+        )
 
     def objective(self, *, full: bool = False, kl_coef: float = 1.0) -> Objective:
         if not full:
             return PolicyGradient(self.temperature)
-        return FullReverseKL({"default": self.teacher.head}, kl_coef, self.temperature)
+        return FullDivergence({"default": self.teacher.head}, kl_coef, self.temperature)
 
     def batch(self, examples: Sequence[TrainingExample]) -> Batch:
         [batch] = micro_batches(examples, micro_batch_tokens=10**6, dtype=self.dtype)
@@ -227,12 +229,14 @@ def test_reward_gradient_over_groups(kind: str) -> None:
     if kind == "reward":
         scored = [replace(one, scores=None) for one in scored]
     policy = PolicyGradient()
-    divergence = FullReverseKL({"default": world.teacher.head}, KL_COEF)
-    objective = Mixture(divergence, policy) if full else policy
+    divergence = FullDivergence({"default": world.teacher.head}, KL_COEF)
+    objective = Mixture([divergence, policy]) if full else policy
     expected = torch.zeros(sum(p.numel() for p in oracle.model.parameters()), dtype=torch.float64)
     for i, j in combinations_with_replacement(range(len(scored)), 2):
         group = [scored[i], scored[j]]
-        examples = training_examples([group], full=full, kl_coef=KL_COEF, reward_coef=REWARD_COEF)
+        examples = training_examples(
+            [group], CreditRules("full" if full else "sampled", kl_coef=KL_COEF, reward_coef=REWARD_COEF)
+        )
         weight = oracle.probabilities[i] * oracle.probabilities[j] * (1 if i == j else 2)
         expected += weight * world.run(examples, objective)[1]
     group_size = 2
@@ -263,7 +267,7 @@ def test_sampled_advantages_vanish_up_to_the_samplers_rounding(dtype: torch.dtyp
     rollouts = [r for group in groups for r in group]
     scores = score_rollouts({"default": teacher_of(model)}, rollouts, "sampled")
     scored = [[ScoredRollout(r, s, None)] for r, s in zip(rollouts, scores, strict=True)]
-    worst = max(abs(a) for e in training_examples(scored) for a in e.advantages or [])
+    worst = max(abs(a) for e in training_examples(scored, CreditRules()) for a in e.advantages or [])
     assert worst < rounding
 
 
@@ -282,7 +286,7 @@ def test_steps_on_samples_lower_the_exact_kl(full: bool, discount: float) -> Non
         groups = sample_rollouts(sampler, [world.prompt], sampling, seed=step)
         scores = score_rollouts({"default": world.teacher}, groups[0], "hidden" if full else "sampled")
         scored = [[ScoredRollout(r, s, None) for r, s in zip(groups[0], scores, strict=True)]]
-        batch = world.batch(training_examples(scored, full=full, discount=discount))
+        batch = world.batch(training_examples(scored, CreditRules("full" if full else "sampled", discount=discount)))
         optimizer_step(world.trainer, [batch], world.objective(full=full), learning_rate=1e-3)
         moved = Oracle(student, world.teacher.model.model, PROMPT, world.oracle.horizon)
         kls.append(float(moved.sequence_kl().detach()))

@@ -18,13 +18,15 @@ import pytest
 import torch
 
 from tiny import EOS, gradient_of, prompt_of, sampler_of, teacher_of, tiny_model, trainer_of
+from understudy.advantages import CreditRules
 from understudy.assembly import Parts
 from understudy.backends.decoding import rollout_uniforms
 from understudy.batching import micro_batches
 from understudy.config import OptimConfig, RunConfig, SamplingConfig, StudentConfig
 from understudy.loop import on_policy_loop
-from understudy.objectives import FullReverseKL, PolicyGradient
+from understudy.objectives import FullDivergence, PolicyGradient
 from understudy.rollouts import step_seed
+from understudy.signals import Needs
 from understudy.types import ScoredRollout, TrainingExample
 
 PATH = Path(__file__).resolve().parents[2] / "recipes" / "minimal.py"
@@ -74,7 +76,7 @@ def test_the_loop_is_the_recipe(estimator: str, packing: bool) -> None:
     trainer = trainer_of(student, **optim.model_dump())
     sampler = sampler_of(student)
     batching: dict[str, Any] = {"micro_batch_tokens": 40, "packing": packing, "dtype": torch.float64}
-    objective = FullReverseKL({"default": marks.head}) if full else PolicyGradient()
+    objective = FullDivergence({"default": marks.head}) if full else PolicyGradient()
     optimizer = torch.optim.AdamW(other.parameters(), LEARNING_RATE, (0.9, 0.95), weight_decay=0.0)
     witness = Witness()
     completed_early = 0
@@ -84,16 +86,17 @@ def test_the_loop_is_the_recipe(estimator: str, packing: bool) -> None:
             sampler=sampler,
             teachers={"default": marks},
             page_teachers={},
+            reference=None,
             trainer=trainer,
             evaluator=sampler,
             objective=objective,
-            score_kind="hidden" if full else "sampled",
+            needs=Needs(teacher="hidden" if full else "sampled", reference="sampled", topk=0),
             grader=None,
             prompts=[prompt_of(ids, i) for i, ids in enumerate(PROMPTS)],
             tasks=[],
             decode=str,
             batching=batching,
-            credit={"full": full},
+            credit=CreditRules(estimator="full" if full else "sampled"),
         )
         witness.first_step = step
         on_policy_loop(parts, witness)  # pyright: ignore[reportArgumentType]

@@ -9,8 +9,8 @@ import torch
 
 from tiny import ARCHITECTURES, EOS, prompt_of, rollout_of, teacher_of, tiny_model, trainer_of
 from understudy.batching import micro_batches
-from understudy.lm_head import LMHead
-from understudy.objectives import CrossEntropy, FullReverseKL
+from understudy.head_kernels import Projection
+from understudy.objectives import CrossEntropy, FullDivergence
 from understudy.teacher_scores import score_rollouts
 from understudy.types import HiddenScores, TokenSequence, TopkScores, TrainingExample
 
@@ -89,14 +89,17 @@ def test_alternatives_are_the_best_ones_best_first() -> None:
 
 def test_the_head_runs_on_completion_positions_only(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
-    logits = LMHead.logits
+    logits = Projection.logits
 
-    def counted(head: LMHead, hidden: torch.Tensor) -> torch.Tensor:
+    def counted(
+        projection: Projection, hidden: torch.Tensor, low: int, high: int, out: torch.Tensor
+    ) -> torch.Tensor:
+        assert (low, high) == (0, 6)  # a vocabulary this small is one tile: rows are counted once
         rows.append(len(hidden))
-        return logits(head, hidden)
+        return logits(projection, hidden, low, high, out)
 
     trainer, teacher = trainer_of(tiny_model(seed=1)), teacher_of(tiny_model(seed=3))
-    monkeypatch.setattr(LMHead, "logits", counted)
+    monkeypatch.setattr(Projection, "logits", counted)
 
     def seen() -> int:
         total = sum(rows)
@@ -120,7 +123,7 @@ def test_the_head_runs_on_completion_positions_only(monkeypatch: pytest.MonkeyPa
         [batch] = micro_batches(examples, micro_batch_tokens=10**6, packing=packing)
         trainer.forward_backward(batch, CrossEntropy())
         assert seen() == TOKENS
-        trainer.forward_backward(batch, FullReverseKL({"default": teacher.head}))
+        trainer.forward_backward(batch, FullDivergence({"default": teacher.head}))
         assert seen() == 2 * TOKENS  # the student's head and the teacher's
 
 

@@ -75,7 +75,7 @@ def _check_head(model: LanguageModel) -> None:
     ones."""
     ids = torch.arange(1, 5, device=model.device)[None]
     whole = model.model(input_ids=ids, use_cache=False).logits[0]
-    width = model.head.weight.shape[0]
+    width = model.head.vocab_size
     ours = model.head.logits(model.hidden(ids, use_cache=False).last_hidden_state[0])
     error = float((whole[:, :width].to(ours.dtype) - ours).abs().max())
     # Both passes compute the same hidden states, so that only the head's own roundings differ. In bfloat16 each is at
@@ -94,7 +94,7 @@ def _check_head(model: LanguageModel) -> None:
 def check_packing(model: LanguageModel) -> None:
     """Refuse models for which a row of several sequences is not what the sequences are one by one: layers with a state
     (convolutions, linear attention) and some attention masks take no notice of position ids that restart."""
-    width = model.head.weight.shape[0]
+    width = model.head.vocab_size
     first = torch.arange(1, 9, device=model.device)[None] % width
     second = torch.arange(11, 3, -1, device=model.device)[None] % width
     positions = torch.arange(8, device=model.device).repeat(2)[None]

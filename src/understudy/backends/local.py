@@ -20,7 +20,7 @@ from understudy.backends.loading import LanguageModel
 from understudy.batching import lay_out, plan_batches
 from understudy.config import OptimConfig, SamplingConfig
 from understudy.errors import RunError
-from understudy.lm_head import LMHead, head_logprobs, in_slices
+from understudy.lm_head import LMHead, head_logprobs, head_topk
 from understudy.objectives import Objective
 from understudy.types import (
     Batch,
@@ -148,15 +148,8 @@ class LocalTeacher:
             return SampledScores(logprobs)
         if kind == "hidden":
             return HiddenScores(logprobs, hidden)
-        head = self.head
-        width = head.weight.shape[0]
-
-        def best(hidden: Tensor) -> Tensor:
-            values, ids = head.logprobs(hidden, temperature=self.temperature).topk(min(topk, width), -1)
-            return torch.stack([values, ids.to(values.dtype)])  # exact: float32 holds whole numbers up to 2**24
-
-        values, ids = torch.cat(in_slices(best, (hidden,), width), dim=1)
-        return TopkScores(logprobs, ids.long().tolist(), values.tolist())
+        values, ids = head_topk(self.head, hidden, topk, temperature=self.temperature)
+        return TopkScores(logprobs, ids.tolist(), values.tolist())
 
 
 class LocalTrainer:
@@ -190,17 +183,20 @@ class LocalTrainer:
         with _enough_memory("training", f"lower optim.micro_batch_tokens (now {self._batch_tokens})"):
             output = self.model.hidden(batch.input_ids, use_cache=False, **inputs)
             hidden = output.last_hidden_state.flatten(0, 1)[batch.token_index]
-            if batch.teacher_hidden is not None:  # on the CPU until its micro-batch has its turn
-                batch = replace(batch, teacher_hidden=batch.teacher_hidden.to(self.model.device))
-            loss = objective(batch, hidden, self.model.head)
+            loss = objective(self._on_device(batch), hidden, self.model.head)
             loss.loss.backward()
         return LossOutput(loss.loss.detach(), loss.metrics)
 
-    def optimizer_step(self, *, learning_rate: float, num_tokens: int) -> dict[str, float]:
+    def _on_device(self, batch: Batch) -> Batch:
+        """With the hidden states that were on the CPU until their micro-batch had its turn."""
+        hidden = {"teacher_hidden": batch.teacher_hidden, "reference_hidden": batch.reference_hidden}
+        return replace(batch, **{name: h.to(self.model.device) for name, h in hidden.items() if h is not None})
+
+    def optimizer_step(self, *, learning_rate: float, divisor: int) -> dict[str, float]:
         """See ``Trainer.optimizer_step``."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         for gradient in gradients:
-            gradient.div_(num_tokens)
+            gradient.div_(divisor)
         limit = self._grad_clip or float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, limit))
         if not math.isfinite(norm):

@@ -55,8 +55,8 @@ class Trainer(Protocol):
         """Add the gradient of the objective's **sum** over the batch to what has accumulated."""
         ...
 
-    def optimizer_step(self, *, learning_rate: float, num_tokens: int) -> Mapping[str, float]:
-        """Divide the accumulated gradient by ``num_tokens``, clip, step, clear. Returns {"grad_norm": ...}."""
+    def optimizer_step(self, *, learning_rate: float, divisor: int) -> Mapping[str, float]:
+        """Divide the accumulated gradient by ``divisor``, clip, step, clear. Returns {"grad_norm": ...}."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

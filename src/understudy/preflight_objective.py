@@ -1,0 +1,182 @@
+"""Which settings of [objective] make sense together. Everything that can be told from the file alone is told here."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from understudy.config import RunConfig
+from understudy.config_objective import ObjectiveConfig
+from understudy.errors import ConfigError
+
+
+def check_objective(config: RunConfig, method: str, rewarded: bool) -> None:
+    """Raise ConfigError for what cannot work or would have no effect in ``distill`` and ``rl``."""
+    _check_sampling(config)
+    _check_rewards(config, method, rewarded)
+    _check_estimator(config.objective)
+    _check_reference(config)
+    _check_control(config, method)
+    _check_policy_loss(config)
+    _check_tokens(config)
+
+
+def _refuse(where: str, got: object, expected: str, remedy: str) -> NoReturn:
+    raise ConfigError(where, got=str(got), expected=expected, remedy=remedy)
+
+
+def _check_sampling(config: RunConfig) -> None:
+    sampling = config.sampling
+    if sampling.temperature == 0:
+        _refuse("sampling.temperature", 0, "above 0 in training", "use 1.0, the article's setting")
+    if sampling.top_p != 1 or sampling.top_k != 0:
+        _refuse(
+            "sampling",
+            f"top_p = {sampling.top_p}, top_k = {sampling.top_k}",
+            "no truncation in training: the written tokens' probabilities would not be the trained ones",
+            "drop top_p and top_k; [[evaluation.tasks]] and `generate` may use them",
+        )
+
+
+def _check_rewards(config: RunConfig, method: str, rewarded: bool) -> None:
+    size = config.sampling.group_size
+    if config.reward_coef > 0 and not rewarded:
+        _refuse("objective.reward_coef", config.reward_coef, "a [reward] grader", 'add [reward] grader = "..."')
+    if config.reward_coef > 0 and size < 2:
+        _refuse(
+            "sampling.group_size",
+            size,
+            "at least 2 with rewards: they are centred on their group",
+            "set sampling.group_size = 8",
+        )
+    if method == "rl" and config.reward_coef == 0:
+        _refuse("objective.reward_coef", 0, "above 0 for rl", "drop it (1 without a teacher) or use `distill`")
+    if method == "distill" and config.objective.kl_coef == 0:
+        _refuse("objective.kl_coef", 0, "above 0 for distill", "drop it, or use `rl`")
+
+
+def _check_estimator(objective: ObjectiveConfig) -> None:
+    """Settings that one estimator has and another has not."""
+    estimator = objective.estimator
+    only_sampled = {
+        "discount": objective.discount != 0,
+        "signal_clip": objective.signal_clip is not None,
+        "baseline": objective.baseline,
+        "control": objective.control != "none",
+    }
+    for key, is_set in only_sampled.items():
+        if is_set and estimator not in ("auto", "sampled"):
+            _refuse(
+                f"objective.{key}",
+                f'{getattr(objective, key)} with estimator = "{estimator}"',
+                "a signal on the written tokens alone",
+                f'use estimator = "sampled", or drop {key}',
+            )
+    if objective.divergence != "reverse_kl" and (estimator in ("sampled", "topk") or objective.asks_for_sampled):
+        _refuse(
+            "objective.divergence",
+            f'"{objective.divergence}" with {_what_rules_out_full(objective)}',
+            '"reverse_kl": the written tokens are samples of the student, over which only its expectation can be taken'
+            if estimator != "topk"
+            else '"reverse_kl", the top-k estimator\'s',
+            'use estimator = "full"',
+        )
+
+
+def _what_rules_out_full(objective: ObjectiveConfig) -> str:
+    if objective.estimator in ("sampled", "topk"):
+        return f'estimator = "{objective.estimator}"'
+    return "a setting of the sampled estimator (discount, signal_clip, baseline, control or the policy loss)"
+
+
+def _check_reference(config: RunConfig) -> None:
+    objective = config.objective
+    extrapolates, anchored = objective.extrapolation != 1, objective.anchor_coef != 0
+    key = "extrapolation" if extrapolates else "anchor_coef"
+    if (extrapolates or anchored) and config.reference is None:
+        _refuse(
+            f"objective.{key}",
+            getattr(objective, key),
+            "a [reference] to measure from",
+            'add [reference] model = "...", e.g. the student as it is now',
+        )
+    if config.reference is not None and not (extrapolates or anchored):
+        _refuse(
+            "reference",
+            config.reference.model,
+            "a use for it",
+            "set objective.anchor_coef or objective.extrapolation, or drop [reference]",
+        )
+    if extrapolates and (objective.divergence != "reverse_kl" or objective.estimator == "topk"):
+        _refuse(
+            "objective.extrapolation",
+            f'{objective.extrapolation} with divergence = "{objective.divergence}", '
+            f'estimator = "{objective.estimator}"',
+            "the reverse KL, sampled or full",
+            "drop it, or the other key",
+        )
+
+
+def _check_control(config: RunConfig, method: str) -> None:
+    objective, sampling = config.objective, config.sampling
+    if objective.control == "none":
+        return
+    others = {
+        "baseline": objective.baseline,
+        "discount": objective.discount != 0,
+        "signal_clip": objective.signal_clip is not None,
+        "extrapolation": objective.extrapolation != 1,
+        "anchor_coef": objective.anchor_coef != 0,
+    }
+    for key in (key for key, is_set in others.items() if is_set):
+        _refuse(
+            f"objective.{key}",
+            f'{getattr(objective, key)} with control = "{objective.control}"',
+            "a control alone: it takes the place of the teacher's signal",
+            f"drop {key}",
+        )
+    if method == "rl":
+        _refuse("objective.control", objective.control, '"none" for rl, which has no teacher', "use `distill`")
+    if objective.control == "shuffled_teacher" and not config.all_teachers:
+        _refuse("objective.control", objective.control, "a [teacher] whose marks to shuffle", "add [teacher]")
+    if objective.control == "shuffled_teacher" and sampling.group_size * sampling.groups_per_batch < 2:
+        _refuse("objective.control", objective.control, "two completions a step", "set sampling.group_size = 2")
+
+
+def _check_policy_loss(config: RunConfig) -> None:
+    objective = config.objective
+    corrected = objective.max_importance_ratio is not None or objective.importance_band is not None
+    if objective.loss != "importance_sampling" and corrected:
+        key = "importance_band" if objective.max_importance_ratio is None else "max_importance_ratio"
+        _refuse(
+            f"objective.{key}",
+            f'{getattr(objective, key)} with loss = "{objective.loss}"',
+            "one correction of the importance ratio: that loss clips it itself",
+            f'drop {key}, or use loss = "importance_sampling"',
+        )
+    band = objective.importance_band
+    if band is not None and not 0 <= band[0] < 1 < band[1]:
+        _refuse("objective.importance_band", list(band), "[low, high] around 1", "e.g. [0.5, 2.0]")
+    if objective.max_importance_ratio is not None and objective.max_importance_ratio < 1:
+        _refuse("objective.max_importance_ratio", objective.max_importance_ratio, "at least 1", "e.g. 2.0")
+    if (objective.loss != "importance_sampling" or corrected) and (
+        objective.estimator in ("full", "topk") and config.reward_coef == 0
+    ):
+        _refuse(
+            "objective.loss",
+            f'a policy loss\'s setting with estimator = "{objective.estimator}" and no rewards',
+            "advantages for it to act on",
+            'use estimator = "sampled", or drop the setting',
+        )
+
+
+def _check_tokens(config: RunConfig) -> None:
+    tokens = config.objective.tokens
+    if not 0 <= tokens.span[0] < tokens.span[1] <= 1:
+        _refuse("objective.tokens.span", list(tokens.span), "0 <= start < end <= 1", "e.g. [0.0, 0.3]")
+    if tokens.first is not None and tokens.span != (0.0, 1.0):
+        _refuse(
+            "objective.tokens",
+            f"first = {tokens.first} and span = {list(tokens.span)}",
+            "one of them: where sampling stops at `first`, a completion's own length is not known",
+            "drop one",
+        )
