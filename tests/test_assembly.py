@@ -70,7 +70,9 @@ def test_an_earlier_self_keeps_the_students_dtype(world, monkeypatch):
 
 
 @pytest.mark.parametrize(("discount", "estimator"), [(0.0, "full"), (0.5, "sampled")])
-def test_auto_takes_the_full_divergence_where_it_can(world, discount, estimator):
-    parts = parts_of(config_of(world, discount=discount))
-    assert parts.config.objective.estimator == estimator
+def test_auto_takes_the_full_divergence_where_it_can(world, discount, estimator, caplog):
+    with caplog.at_level(logging.INFO, logger="understudy"):
+        parts = parts_of(config_of(world, discount=discount))
+    assert parts.config.objective.estimator == parts.credit.estimator == estimator
     assert parts.needs.teacher == ("hidden" if estimator == "full" else "sampled")
+    assert [line for line in caplog.messages if "auto ->" in line] == [f"objective.estimator: auto -> {estimator}"]

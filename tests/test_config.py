@@ -99,3 +99,33 @@ def test_rewards_count_by_default_only_without_a_teacher(tmp_path: Path) -> None
     assert read(tmp_path).reward_coef == 1.0
     assert read(tmp_path, teacher={"model": "t"}).reward_coef == 0.0
     assert read(tmp_path, teacher={"model": "t"}, objective={"reward_coef": 0.5}).reward_coef == 0.5
+    # A control that needs no teacher is no reward either; without one, the other control is.
+    assert read(tmp_path, objective={"control": "fixed_negative"}).reward_coef == 0.0
+    assert read(tmp_path, objective={"control": "fixed_negative", "reward_coef": 0.5}).reward_coef == 0.5
+    assert read(tmp_path, teachers={"maths": {"model": "t"}}).reward_coef == 0.0
+
+
+def test_training_stops_writing_where_it_stops_learning(tmp_path: Path) -> None:
+    taught: dict[str, Any] = {"teacher": {"model": "t"}, "sampling": {"max_completion_tokens": 20, "temperature": 0.5}}
+    whole = read(tmp_path, **taught)
+    assert whole.training_sampling == whole.sampling
+    first = read(tmp_path, **taught, objective={"tokens": {"first": 5}})
+    assert first.training_sampling == whole.sampling.model_copy(update={"max_completion_tokens": 5})
+    assert first.sampling == whole.sampling  # evaluations go on to the end
+    assert read(tmp_path, **taught, objective={"tokens": {"first": 30}}).training_sampling == whole.sampling
+    # Rewards grade whole answers, whatever part of them trains.
+    rewarded = read(tmp_path, **taught, objective={"tokens": {"first": 5}, "reward_coef": 0.5})
+    assert rewarded.training_sampling == whole.sampling
+    # A span is a part of each completion's own length: no cap follows from it.
+    assert read(tmp_path, **taught, objective={"tokens": {"span": [0.0, 0.3]}}).training_sampling == whole.sampling
+
+
+def test_objectives_are_written_and_read_back(tmp_path: Path) -> None:
+    objective = {"importance_band": [0.5, 2.0], "tokens": {"span": [0.1, 0.4], "half_life": 3.0}, "tail": "renormalize"}
+    config = read(tmp_path, objective=objective, reference={"model": "start"})
+    (tmp_path / "again.toml").write_text(config.to_toml())
+    again = RunConfig.from_toml(tmp_path / "again.toml")
+    assert again == config
+    assert (again.objective.importance_band, again.objective.tokens.span) == ((0.5, 2.0), (0.1, 0.4))
+    assert again.reference is not None
+    assert again.reference.model == "start"

@@ -17,6 +17,7 @@ from understudy.costs import (
     training_flops,
 )
 from understudy.objectives import CrossEntropy
+from understudy.teacher_scores import score_reference
 from understudy.types import TokenSequence, TrainingExample
 
 
@@ -66,6 +67,12 @@ def test_roles_are_metered_and_pass_everything_through() -> None:
     assert costs.roles["teacher_scoring"]["tokens"] == 6
     assert costs.roles["teacher_scoring"]["flops"] == 6 * 2000
     assert teacher.kinds == {"sampled", "topk", "hidden"}
+    reference = MeteredTeacher(teacher_of(model), costs, 10, "reference_scoring")
+    assert score_reference(reference, groups[1], "sampled") == score_reference(teacher_of(model), groups[1], "sampled")
+    marked = sum(1 + len(r.completion_ids) for r in groups[1])
+    assert costs.roles["reference_scoring"]["tokens"] == marked
+    assert costs.roles["reference_scoring"]["flops"] == 20 * marked
+    assert costs.roles["teacher_scoring"]["tokens"] == 6  # nothing of it is the teacher's
 
     trainer = MeteredTrainer(trainer_of(model), costs, (100, 30))
     examples = [TrainingExample(s.prompt_ids, s.completion_ids, [True] * len(s.completion_ids)) for s in sequences]
@@ -77,7 +84,7 @@ def test_roles_are_metered_and_pass_everything_through() -> None:
     assert costs.roles["student_training"]["tokens"] == 6
     assert costs.roles["student_training"]["flops"] == 6 * (400 + 60)
     assert all(entry["seconds"] > 0 for entry in costs.roles.values())
-    assert costs.total("flops") == pytest.approx(200 * tokens + 12_000 + 2760)
+    assert costs.total("flops") == pytest.approx(200 * tokens + 12_000 + 20 * marked + 2760)
 
 
 def test_every_role_waits_for_its_own_cuda_work(monkeypatch: pytest.MonkeyPatch) -> None:

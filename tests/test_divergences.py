@@ -299,8 +299,11 @@ def test_the_gate_opens_above_the_threshold_position_by_position() -> None:
     output = measure(Divergence("entropy_gated", entropy_threshold=0.5), student, teacher)
     assert output.loss.item() == pytest.approx(sum(reverse) + forward, rel=1e-12)
     assert output.metrics["gate"] == 1
-    at_it = output.metrics["teacher_entropy"] + 0.9 * math.log(0.9) + 0.1 * math.log(0.1)  # log 2, as computed
-    assert measure(Divergence("entropy_gated", entropy_threshold=at_it), student, teacher).metrics["gate"] == 0
+    for row in (slice(0, 1), slice(1, 2)):
+        at_it = measure(Divergence(), student[row], teacher[row]).metrics["teacher_entropy"]
+        for threshold, gate in ((at_it, 0), (math.nextafter(at_it, 0), 1)):
+            case = Divergence("entropy_gated", entropy_threshold=threshold)
+            assert measure(case, student[row], teacher[row]).metrics["gate"] == gate
 
 
 def test_jensen_shannon_is_symmetric_at_one_half() -> None:
@@ -1025,3 +1028,15 @@ def test_probabilities_that_all_underflow_but_one_are_not_lost() -> None:
     for kind in ("reverse_kl", "forward_kl"):
         assert measure(Divergence(kind), student, teacher).loss.item() == 2e4
     assert measure(Divergence("jsd"), student, teacher).loss.item() == pytest.approx(4 * math.log(2))
+
+
+@each_case
+def test_gaps_beyond_the_range_of_exp_leave_value_and_gradient_exact(case: Divergence) -> None:
+    """Gaps of 30 to 300 nats in float64, in both directions, with probabilities that are small but not zero."""
+    student = torch.tensor([[0, -300, -30, -90, 1.0]], dtype=torch.float64)
+    teacher = torch.tensor([[-300, 0, -60, -200, 0.5]], dtype=torch.float64)
+    value, slopes = exact_rows(lambda p, q: exact(case, q)(p), student, teacher)
+    loss, gradient = value_and_gradient(lambda x: measure(case, x, teacher), student)
+    assert loss.item() == pytest.approx(value, rel=1e-14 / (1 - case.skew))
+    atol = 1e-14 / (1 - case.skew) * float(slopes.abs().max())
+    torch.testing.assert_close(gradient, slopes, rtol=0, atol=atol)

@@ -20,7 +20,11 @@ from understudy.backends.loading import (
     meta_shape,
     pick_device,
 )
-from understudy.config import LoraConfig, StudentConfig
+from understudy.backends.local import LocalTrainer
+from understudy.batching import micro_batches
+from understudy.config import LoraConfig, OptimConfig, StudentConfig
+from understudy.objectives import CrossEntropy
+from understudy.types import TrainingExample
 from user import save_model, word_tokenizer
 
 # peft asks transformers the old way
@@ -54,10 +58,47 @@ def test_devices() -> None:
             pick_device(name)
 
 
-def test_adapters_stay_below_the_head(folder: Path) -> None:
+def test_a_tied_head_is_not_adapted(folder: Path) -> None:
+    model = tiny_model("gemma2", dtype=torch.float32)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(folder)
     config = StudentConfig(model=str(folder), device="cpu", lora=LoraConfig(target_modules=("lm_head",)))
-    with pytest.raises(ConfigError, match=r"student.lora.target_modules"):
+    with pytest.raises(ConfigError, match=r"student.lora.target_modules[\s\S]*shares its weight with the embedding"):
         load_student(config)
+
+
+@peft_warns
+@pytest.mark.parametrize("recompute", [False, True], ids=["plain", "gradient checkpointing"])
+def test_an_adapted_head_trains_and_is_saved(tmp_path: Path, recompute: bool) -> None:
+    """Losses, scores and completions see the adapters; their gradients are those of peft's own forward pass."""
+    tiny_model("llama", seed=5, dtype=torch.float32).save_pretrained(tmp_path / "base")
+    lora = LoraConfig(rank=2, target_modules=("lm_head", "q_proj"))
+    model = load_student(
+        StudentConfig(model=str(tmp_path / "base"), device="cpu", lora=lora, gradient_checkpointing=recompute)
+    )
+    adapters = {name: p for name, p in model.model.named_parameters() if "lm_head.lora_" in name}
+    assert len(adapters) == 2
+    with torch.no_grad():
+        for parameter in adapters.values():
+            parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    logits = model.model(input_ids=ids).logits[0]
+    torch.testing.assert_close(model.head.logits(model.hidden(ids).last_hidden_state[0]), logits)
+    (-logits[2:4].log_softmax(-1)[[0, 1], [4, 5]].sum()).backward()
+    expected = {name: p.grad.clone() for name, p in adapters.items() if p.grad is not None}
+    model.model.zero_grad()
+
+    trainer = LocalTrainer(model, OptimConfig())
+    [batch] = micro_batches([TrainingExample([1, 2, 3], [4, 5], [True, True])], micro_batch_tokens=99)
+    trainer.forward_backward(batch, CrossEntropy())
+    assert set(expected) == set(adapters)
+    for name, parameter in adapters.items():
+        torch.testing.assert_close(parameter.grad, expected[name])
+
+    trainer.save_pretrained(tmp_path / "adapters")
+    assert (tmp_path / "adapters" / "adapter_model.safetensors").stat().st_size < 20_000  # no copy of the whole head
+    merged = load_model(str(tmp_path / "adapters"), role="student", dtype=torch.float32, device=torch.device("cpu"))
+    torch.testing.assert_close(merged(input_ids=ids).logits[0], logits.detach())
 
 
 def test_adapters_that_fit_no_layer(folder: Path) -> None:

@@ -1,17 +1,30 @@
 """A step's numbers, worked out by hand, and the file they go to."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from tiny import prompt_of, rollout_of
+from understudy.config_objective import ObjectiveConfig
+from understudy.divergences import KINDS, Divergence
+from understudy.lm_head import LMHead
+from understudy.losses import cispo_loss, importance_sampling_loss, ppo_loss
 from understudy.metrics import MetricsLog, read_metrics, rollout_metrics, update_metrics
-from understudy.types import SampledScores, ScoredRollout
+from understudy.objectives import CrossEntropy, FullDivergence, Objective, PolicyGradient, TopkDivergence
+from understudy.types import Batch, SampledScores, ScoredRollout
 
 
-def scored(ids: list[int], student: list[float], teacher: list[float] | None, reward: float | None = None):
-    scores = None if teacher is None else SampledScores(teacher)
-    return ScoredRollout(rollout_of(prompt_of([1]), ids, student), scores, reward)
+def scored(
+    ids: list[int],
+    student: list[float],
+    teacher: list[float] | None,
+    reward: float | None = None,
+    reference: list[float] | None = None,
+):
+    scores, other = (None if given is None else SampledScores(given) for given in (teacher, reference))
+    return ScoredRollout(rollout_of(prompt_of([1]), ids, student), scores, reward, other)
 
 
 def test_rollout_metrics_by_hand() -> None:
@@ -35,7 +48,44 @@ def test_rollout_metrics_by_hand() -> None:
 
 def test_absent_teachers_and_graders_give_no_numbers() -> None:
     metrics = rollout_metrics([scored([5, 0], [-1.0, -0.5], None)])
-    assert not {"reverse_kl/mean", "reverse_kl/max", "reward/mean"} & metrics.keys()
+    assert not {"reverse_kl/mean", "reverse_kl/max", "reference_kl/mean", "reward/mean"} & metrics.keys()
+    # A clip without a teacher's marks has nothing to clip.
+    assert rollout_metrics([scored([5, 0], [-1.0, -0.5], None)], ObjectiveConfig(signal_clip=0.1)) == metrics
+
+
+CLIPPED = [
+    scored([5, 0], [-1.0, -0.5], [-3.0, -0.25], None, [-2.0, -0.5]),  # gaps 2, -0.25; from the reference 1, 0
+    scored([5, 5, 5], [-1.0, -1.0, -1.5], [-1.0, -1.5, -0.25], None, [-0.5, -1.0, -1.5]),  # 0, 0.5, -1.25; -0.5, 0, 0
+]
+
+
+def test_distance_from_the_reference() -> None:
+    assert rollout_metrics(CLIPPED)["reference_kl/mean"] == pytest.approx(0.5 / 5)
+    alone = rollout_metrics([scored([5], [-1.0], None, None, [-1.75])])
+    assert alone["reference_kl/mean"] == 0.75
+    assert "reverse_kl/mean" not in alone
+
+
+@pytest.mark.parametrize(
+    ("objective", "share"),
+    [
+        ({"signal_clip": 3.0}, 0.0),
+        ({"signal_clip": 2.0}, 0.0),  # at the limit is not beyond it
+        ({"signal_clip": 1.0}, 0.4),  # 2 and -1.25
+        ({"signal_clip": 0.1}, 0.8),
+        # 1.5 gap - 0.5 drift = (2.5, -0.375, 0.25, 0.75, -1.875): what is clipped is the extrapolated signal
+        ({"signal_clip": 2.25, "extrapolation": 1.5}, 0.2),
+        ({"signal_clip": 0.6, "extrapolation": 1.5}, 0.6),
+    ],
+)
+def test_share_of_clipped_marks(objective: dict[str, float], share: float) -> None:
+    metrics = rollout_metrics(CLIPPED, ObjectiveConfig.model_validate(objective))
+    assert metrics["reverse_kl/clipped_share"] == pytest.approx(share)
+    assert metrics["reverse_kl/mean"] == pytest.approx(1.0 / 5)  # the marks themselves are reported unclipped
+
+
+def test_no_clip_no_share() -> None:
+    assert "reverse_kl/clipped_share" not in rollout_metrics(CLIPPED, ObjectiveConfig())
 
 
 @pytest.mark.parametrize(
@@ -71,6 +121,58 @@ def test_update_metrics_have_public_names_and_no_unknown_ones() -> None:
     }
     with pytest.raises(KeyError):
         update_metrics({"undocumented": 1.0})
+
+
+HEAD = LMHead(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.5]]))
+HEADS = {"default": HEAD, "reference": HEAD}
+IDS = torch.tensor([0, 2])
+RATIO = {"ratio/mean", "ratio/max", "ratio/abs_log_mean", "ratio/abs_log_max"}
+CLIPPED_RATIO = RATIO | {"ratio/clipped_share"}
+ENTROPIES = {"entropy/student", "entropy/teacher"}
+TOPK = {"topk/divergence", "topk/student_mass", "topk/teacher_mass"}
+EVERY_OBJECTIVE: dict[str, tuple[Objective, set[str]]] = {
+    "cross-entropy": (CrossEntropy(), set()),
+    "sampled": (PolicyGradient(), RATIO),
+    "baseline": (PolicyGradient(baseline_heads=HEADS), RATIO | {"reverse_kl/full"}),
+    "truncated": (PolicyGradient(policy_loss=partial(importance_sampling_loss, max_importance_ratio=2)), CLIPPED_RATIO),
+    "band": (PolicyGradient(policy_loss=partial(importance_sampling_loss, importance_band=(0, 2))), CLIPPED_RATIO),
+    "ppo": (PolicyGradient(policy_loss=ppo_loss), CLIPPED_RATIO),
+    "cispo": (PolicyGradient(policy_loss=cispo_loss), CLIPPED_RATIO),
+    **{
+        kind: (
+            FullDivergence(HEADS, divergence=Divergence(kind)),
+            ENTROPIES | {f"{kind}/full"} | ({"entropy_gated/share"} if kind == "entropy_gated" else set()),
+        )
+        for kind in KINDS
+    },
+    "reference": (FullDivergence(HEADS, against="reference"), {"reference_kl/full"}),
+    "topk": (TopkDivergence(2), TOPK),
+    "topk of the student": (TopkDivergence(2, "student", heads=HEADS), TOPK),
+    "topk of both": (TopkDivergence(2, "union", heads=HEADS), TOPK | {"topk/overlap"}),
+}
+
+
+@pytest.mark.parametrize("name", EVERY_OBJECTIVE)
+def test_every_metric_of_every_objective_has_a_public_name(name: str) -> None:
+    objective, names = EVERY_OBJECTIVE[name]
+    hidden = torch.tensor([[0.5, -0.5], [1.0, 0.0]])
+    batch = Batch(
+        IDS[None],
+        None,
+        IDS,
+        IDS,
+        IDS >= 0,
+        sampler_logprobs=torch.tensor([-1.0, -1.0]),
+        advantages=torch.tensor([1.0, -1.0]),
+        teacher_hidden=-hidden,
+        teacher="default",
+        sequence_tokens=2,
+        num_sequences=1,
+        reference_hidden=hidden / 2,
+        topk_ids=torch.tensor([[0, 1], [2, 0]]),
+        topk_logprobs=torch.tensor([[-0.5, -1.5], [-0.5, -1.5]]),
+    )
+    assert set(update_metrics(objective(batch, hidden, HEAD).metrics)) == names
 
 
 def test_the_log_survives_a_crash_and_forgets_later_steps(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from tiny import prompt_of, rollout_of
 from understudy.errors import RunError
-from understudy.teacher_scores import score_rollouts, teacher_view
+from understudy.teacher_scores import score_reference, score_rollouts, teacher_view
 from understudy.types import SampledScores, ScoreKind, TokenSequence
 
 
@@ -61,3 +61,29 @@ def test_bad_marks_name_the_rollout(answer: list[float], message: str) -> None:
 def test_a_missing_mark_is_an_error() -> None:
     with pytest.raises(ValueError, match="shorter"):
         score_rollouts({"default": Marks([-1.0, -1.0])}, [rollout(4), rollout(5)], "sampled")
+
+
+def test_the_reference_reads_what_the_student_read() -> None:
+    """Whatever the teacher reads instead, and whichever teacher it is."""
+    reference = Marks([-1.0, -1.5], [-2.0, -2.5], [-3.0, -3.5])
+    rollouts = [rollout(1), rollout(2, "b", teacher_prompt_ids=[9, 9, 9]), rollout(3, teacher_prompt_ids=[])]
+    scores = score_reference(reference, rollouts, "sampled")
+    assert reference.shown == [([1, 1], [1, 0]), ([1, 2], [2, 0]), ([1, 3], [3, 0])]
+    assert [s.teacher_logprobs for s in scores] == [[-1.0, -1.5], [-2.0, -2.5], [-3.0, -3.5]]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ([-1.0], "^reference, prompt 4: got 1 scores for 2 completion tokens"),
+        ([-1.0, float("-inf")], "^reference, prompt 4: token 0 at completion position 1 has log-probability -inf"),
+    ],
+)
+def test_bad_marks_of_the_reference_name_it(answer: list[float], message: str) -> None:
+    with pytest.raises(RunError, match=message):
+        score_reference(Marks(answer), [rollout(4, "b")], "sampled")
+
+
+def test_a_missing_mark_of_the_reference_is_an_error() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        score_reference(Marks([-1.0, -1.0]), [rollout(4), rollout(5)], "sampled")

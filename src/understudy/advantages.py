@@ -150,7 +150,7 @@ def token_mask(
     """Which of T tokens train: the first ``first``; those in ``span``, from ``floor(T * start)`` to ``ceil(T * end)``;
     none of ``masked_ids``."""
     length = len(completion_ids)
-    # Rounded first: 0.3 * 10 is a little more than 3.
+    # Rounded first: 0.07 * 100 is a little more than 7.
     start, end = math.floor(round(length * span[0], 6)), math.ceil(round(length * span[1], 6))
     end = end if first is None else min(end, first)
     return [start <= t < end and token not in masked_ids for t, token in enumerate(completion_ids)]

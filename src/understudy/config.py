@@ -29,7 +29,8 @@ class LoraConfig(Section):
     alpha: float = Field(default=32.0, gt=0)
     """Adapter outputs are scaled by alpha / rank."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Module names to adapt; "all-linear" is every linear layer, MLP included, but the LM head."""
+    """Module names to adapt; "all-linear" is every linear layer, MLP included, but the LM head; an untied
+    head is adapted where "lm_head" is named."""
 
 
 class StudentConfig(Section):

@@ -9,7 +9,6 @@ overflows.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -20,7 +19,7 @@ from torch import Tensor
 DivergenceKind = Literal["reverse_kl", "forward_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "entropy_gated"]
 KINDS: tuple[DivergenceKind, ...] = DivergenceKind.__args__
 
-# expm1 of more than this leaves float32.
+# exp of more leaves float32. The side whose mixture has such a gap weighs less than exp(-80): the cap does not show.
 _LARGE = 80.0
 # A beta or skew below this is zero: dividing by it would leave float32, and makes no other difference.
 _NEGLIGIBLE = 1e-20
@@ -97,13 +96,12 @@ def forward_kl_terms(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tupl
 
 def _log_mix(gap: Tensor, share: float, rest: float) -> tuple[Tensor, Tensor, Tensor]:
     """Of the mixture ``m = rest + share exp(gap)``, with rest = 1 - share: log m, m - 1 and m. ``rest`` is given
-    because 1 - share has lost it in float32, where share is near 1. Exact for any gap, and log m is exactly 0 at gap
-    0; m itself is capped."""
+    because 1 - share has lost it in float32, where share is near 1. log m is exactly 0 at gap 0."""
     capped = gap.clamp(max=_LARGE)
     change, mix = share * torch.expm1(capped), rest + share * torch.exp(capped)
     # Each where it does not cancel: log1p near 1, log far below.
     log_mix = torch.where(change > -0.5, torch.log1p(change), torch.log(mix))
-    return torch.where(gap > _LARGE, gap + math.log(share), log_mix), change, mix
+    return log_mix, change, mix
 
 
 def _jsd_terms(beta: float) -> Terms:

@@ -17,22 +17,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from understudy.divergences import Divergence
-
 # Logits of one model kept for a block of tokens. More of it means fewer passes over the weight's gradient, which is as
 # large as the weight.
-BLOCK_BYTES = 80 * 2**20
+BLOCK_BYTES = 112 * 2**20
 # A tile of 128 tokens is a megabyte of float32: a few of them stay in a core's cache.
 TILE_WIDTH = 2048
 # Where no logits are kept, blocks are as short as the matrix products allow.
-TILE_ROWS = 256
-# GPUs want large kernels rather than cached ones: 64 Mi numbers are 256 MiB of float32.
-GPU_BLOCK_BYTES = 2**30
-GPU_TILE_NUMBERS = 2**26
+TILE_ROWS = 512
+# GPUs want large kernels rather than cached ones: 32 Mi numbers are 128 MiB of float32.
+GPU_BLOCK_BYTES = 2**29
+GPU_TILE_NUMBERS = 2**25
 GPU_TILE_ROWS = 4096
 
 # exp() of less is zero in float64 too, so that a difference of logits may be cut here: 0 * -inf is avoided for free.
-_NEGLIGIBLE = -1000.0
+NEGLIGIBLE = -1000.0
 
 # (log-probabilities of a block [n, K], its rows) -> the block's summed loss
 BlockLoss = Callable[[Tensor, slice], Tensor]
@@ -158,7 +156,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.add_(left @ right)
 
 
-def _tile(storage: Tensor, tokens: int, low: int, high: int) -> Tensor:
+def tile_of(storage: Tensor, tokens: int, low: int, high: int) -> Tensor:
     """A tile's place [tokens, high - low] in a block's storage: contiguous, so that a tile is a run of memory."""
     return storage[tokens * low : tokens * high].view(tokens, high - low)
 
@@ -169,7 +167,7 @@ def normalise(logits: Tensor, shifted: Tensor, softmax: Tensor) -> tuple[Tensor,
     logsumexp of -inf and a softmax that means nothing."""
     maximum = logits.amax(-1)
     finite = maximum.clamp(min=torch.finfo(logits.dtype).min)
-    torch.sub(logits, finite[:, None], out=shifted).clamp_(min=_NEGLIGIBLE)
+    torch.sub(logits, finite[:, None], out=shifted).clamp_(min=NEGLIGIBLE)
     torch.softmax(shifted, -1, out=softmax)
     # The entry at the maximum is exp(0) / sum: torch's softmax is several times faster than a sum of exponentials.
     log_top = softmax.amax(-1).log()
@@ -225,11 +223,12 @@ class SelectedLogprobs(torch.autograd.Function):
             for low, high in projection.tiles(rows):
                 for start in range(0, len(own), rows):
                     block = slice(start, start + rows)
-                    tile = _tile(storage, len(own[block]), 0, high - low)
+                    tile = tile_of(storage, len(own[block]), 0, high - low)
                     projection.logits(own[block], low, high, out=tile)
                     capped = None if projection.softcap is None else projection.slope(tile)
                     tile.sub_(lse[block, None]).exp_().mul_(total[block])
-                    tile = tile if capped is None else tile.mul_(capped)
+                    if capped is not None:
+                        tile.mul_(capped)
                     _add_at(tile, ids[block], at_ids[block], low)
                     hidden_sum = None if sums.hidden is None else sums.hidden[block]
                     sums.add(tile, own[block], projection.weight[low:high], low, hidden_sum)
@@ -243,7 +242,7 @@ def _selected(projection: Projection, hidden: Tensor, ids: Tensor) -> tuple[Tens
     storage = projection.storage(2, len(hidden))
     lse = chosen.new_empty(len(tiles), len(hidden))
     for part, (low, high) in zip(lse, tiles, strict=True):
-        logits, shifted = (_tile(x, len(hidden), 0, high - low) for x in storage)
+        logits, shifted = (tile_of(x, len(hidden), 0, high - low) for x in storage)
         projection.logits(hidden, low, high, out=logits)
         chosen = _picked(chosen, logits, ids, low)
         part.copy_(normalise(logits, shifted, logits)[0])
@@ -260,7 +259,7 @@ def topk_kernel(projection: Projection, hidden: Tensor, k: int) -> tuple[Tensor,
         storage = projection.storage(2, len(block))
         lse = values.new_empty(len(tiles), len(block))
         for part, (low, high) in zip(lse, tiles, strict=True):
-            logits, shifted = (_tile(x, len(block), 0, high - low) for x in storage)
+            logits, shifted = (tile_of(x, len(block), 0, high - low) for x in storage)
             projection.logits(block, low, high, out=logits)
             top, places = logits.topk(min(k, high - low), -1)
             values, order = torch.cat([values, top], -1).sort(dim=-1, descending=True, stable=True)
@@ -285,12 +284,13 @@ def loss_kernel(
         own, chosen, tiles = hidden[block], torch.zeros_like(logprobs[block]), projection.tiles(rows)
         lse = chosen.new_empty(len(tiles), len(own))
         for part, (low, high) in zip(lse, tiles, strict=True):
-            tile = _tile(kept, len(own), low, high) if sums.wanted else _tile(kept, len(own), 0, high - low)
+            tile = tile_of(kept, len(own), low, high) if sums.wanted else tile_of(kept, len(own), 0, high - low)
             projection.logits(own, low, high, out=tile)
             chosen = _picked(chosen, tile, ids[block], low)
             capped = None if projection.softcap is None or not sums.wanted else projection.slope(tile)
-            part.copy_(normalise(tile, _tile(shifted, len(own), 0, high - low), tile)[0])
-            tile = tile if capped is None else tile.mul_(capped)
+            part.copy_(normalise(tile, tile_of(shifted, len(own), 0, high - low), tile)[0])
+            if capped is not None:
+                tile.mul_(capped)
         whole = lse.logsumexp(0)
         logprobs[block] = chosen - whole[:, None]
         value, gradient = _loss_gradient(block_loss, logprobs[block], block, sums.wanted)
@@ -303,7 +303,7 @@ def loss_kernel(
         shares = (lse - whole).exp() * -gradient.sum(-1)
         hidden_sum = None if sums.hidden is None else sums.hidden[block]
         for share, (low, high) in zip(shares, tiles, strict=True):
-            tile = _tile(kept, len(own), low, high).mul_(share[:, None])
+            tile = tile_of(kept, len(own), low, high).mul_(share[:, None])
             _add_at(tile, ids[block], at_ids, low)
             sums.add(tile, own, projection.weight[low:high], low, hidden_sum)
     return loss, logprobs
@@ -319,98 +319,6 @@ def _loss_gradient(block_loss: BlockLoss, logprobs: Tensor, rows: slice, wanted:
             return loss, None
         (gradient,) = torch.autograd.grad(loss, leaf)
     return loss.detach(), gradient
-
-
-@dataclass(frozen=True)
-class DivergenceInputs:
-    """Two heads' outputs at the positions ``rows`` [n] of their hidden states; ``weights`` [n] multiply positions."""
-
-    student: Projection
-    teacher: Projection
-    student_hidden: Tensor
-    teacher_hidden: Tensor
-    rows: Tensor
-    weights: Tensor
-    divergence: Divergence
-
-
-def divergence_kernel(inputs: DivergenceInputs, sums: GradientSums) -> Tensor:
-    """Columns [n, 3 or 4]: value, student's entropy, teacher's, gate if there is one. Gradients of the weighted sum of
-    values go to ``sums``."""
-    student, device = inputs.student, inputs.student_hidden.device
-    dtype = torch.promote_types(student.wide, inputs.teacher.wide)
-    size = min(block_rows(student.rows, dtype, device), len(inputs.rows))
-    kept = torch.empty(2, size * student.rows, dtype=dtype, device=device)
-    scratch = student.storage(3, size, dtype)
-    columns = [kept.new_empty(0, 2 + len(inputs.divergence.gates(kept.new_empty(0))))]
-    for rows, weights in zip(inputs.rows.split(max(1, size)), inputs.weights.split(max(1, size)), strict=True):
-        own = inputs.student_hidden[rows]
-        other = inputs.teacher_hidden[rows.to(inputs.teacher_hidden.device)].to(inputs.teacher.weight.device)
-        tiles = student.tiles(size)
-        lse, entropy = _fill(student, own, tiles, kept[0], scratch)
-        teacher_lse, teacher_entropy = _fill(inputs.teacher, other, tiles, kept[1], scratch)
-        gates = inputs.divergence.gates(teacher_entropy)
-        values, pulls = _terms(inputs, tiles, (lse, teacher_lse), gates, kept, scratch)
-        columns.append(torch.stack([values, entropy, teacher_entropy, *gates[1:]], dim=-1))
-        if not sums.wanted:
-            continue
-        factor = (weights * student.factor)[:, None]
-        hidden_sum = None if sums.hidden is None else torch.zeros_like(own, dtype=sums.hidden.dtype)
-        for low, high in tiles:
-            p, pull = (_tile(x, len(own), low, high) for x in kept)
-            slope = pull.addcmul_(p, pulls[:, None], value=-1).mul_(factor)
-            sums.add(slope, own, student.weight[low:high], low, hidden_sum)
-        if sums.hidden is not None and hidden_sum is not None:
-            sums.hidden[rows] = hidden_sum
-    return torch.cat(columns)
-
-
-def _fill(
-    projection: Projection, hidden: Tensor, tiles: list[tuple[int, int]], kept: Tensor, scratch: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Keep a block's logits -> (logsumexp [n], entropy [n])."""
-    lse, entropy = kept.new_empty(2, len(tiles), len(hidden))
-    for part, part_entropy, (low, high) in zip(lse, entropy, tiles, strict=True):
-        shifted, softmax = (_tile(x, len(hidden), 0, high - low) for x in scratch[:2])
-        logits = projection.logits(hidden, low, high, out=_tile(kept, len(hidden), low, high))
-        tile_lse, log_top = normalise(logits, shifted, softmax)
-        part.copy_(tile_lse)
-        # log(sum of exponentials) + mean distance from the maximum: two numbers that are never negative.
-        part_entropy.copy_(-log_top - torch.linalg.vecdot(softmax, shifted))
-    whole = lse.logsumexp(0)
-    distance = (whole - lse).clamp(max=-_NEGLIGIBLE)
-    return whole, ((-distance).exp() * (entropy + distance)).sum(0)
-
-
-def _terms(
-    inputs: DivergenceInputs,
-    tiles: list[tuple[int, int]],
-    normalisers: tuple[Tensor, Tensor],
-    gates: tuple[Tensor, ...],
-    kept: Tensor,
-    scratch: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """(divergence [n], sum of pulls [n]); the logits kept become (p, pull), both times the soft-capping's slope."""
-    student, tokens = inputs.student, len(gates[0])
-    values, pulls = (torch.zeros_like(gates[0]) for _ in range(2))
-    for low, high in tiles:
-        p, pull = (_tile(x, tokens, low, high) for x in kept)  # logits until overwritten
-        log_p, log_q, q = (_tile(x, tokens, 0, high - low) for x in scratch)
-        capped = None if student.softcap is None else student.slope(p)
-        for log_softmax, logits, lse in zip((log_p, log_q), (p, pull), normalisers, strict=True):
-            torch.sub(logits, lse[:, None], out=log_softmax)
-        torch.exp(log_p, out=p)
-        torch.exp(log_q, out=q)
-        pull.zero_()
-        for part, gate in zip(inputs.divergence.parts, gates, strict=True):
-            value, part_pull = part(log_p, log_q, p, q)
-            values += gate * value.sum(-1)
-            pull.addcmul_(part_pull, gate[:, None])
-        pulls += pull.sum(-1)
-        if capped is not None:
-            p.mul_(capped)
-            pull.mul_(capped)
-    return values, pulls
 
 
 class WithGradient(torch.autograd.Function):

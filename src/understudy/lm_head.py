@@ -13,16 +13,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from understudy.divergence_kernel import DivergenceInputs, divergence_kernel
 from understudy.divergences import REVERSE_KL, Divergence, DivergenceKind
 from understudy.head_kernels import (
     BlockLoss,
-    DivergenceInputs,
     GradientSums,
     Projection,
     SelectedLogprobs,
     WithGradient,
     detached,
-    divergence_kernel,
     loss_kernel,
     topk_kernel,
 )

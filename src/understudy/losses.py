@@ -255,9 +255,10 @@ def topk_divergence(
         )
     wide = torch.promote_types(student_topk_logprobs.dtype, torch.float32)
     with torch.no_grad():
-        inside = loss_mask[:, None]
+        # A masked row is one without a place in use: everything below is zero there.
         log_p, log_q = (
-            torch.where(inside, x.to(wide), -math.inf) for x in (student_topk_logprobs, teacher_topk_logprobs)
+            torch.where(loss_mask[:, None], x.to(wide), -math.inf)
+            for x in (student_topk_logprobs, teacher_topk_logprobs)
         )
         masses = log_p.exp().sum(-1, keepdim=True), log_q.exp().sum(-1, keepdim=True)
         if tail == "renormalize":
@@ -286,12 +287,10 @@ def topk_divergence(
         else:
             slope = p * gap
         check_finite(values, loss_mask, lambda n: (log_p[n], log_q[n]))
-        slope = torch.where(inside, slope, 0.0)
-        per_token = torch.where(loss_mask, values, 0.0)
-    loss = _reduce(carry_gradient(per_token, student_topk_logprobs, slope), loss_mask, weights, reduction)
-    sums = torch.stack([per_token, masses[0][:, 0], masses[1][:, 0]], dim=-1)
+    loss = _reduce(carry_gradient(values, student_topk_logprobs, slope), loss_mask, weights, reduction)
+    sums = torch.stack([values, masses[0][:, 0], masses[1][:, 0]]).sum(-1)
     names = ("topk", "topk_student_mass", "topk_teacher_mass")
-    return LossOutput(loss, dict(zip(names, torch.where(loss_mask[:, None], sums, 0.0).sum(0).tolist(), strict=True)))
+    return LossOutput(loss, dict(zip(names, sums.tolist(), strict=True)))
 
 
 def _reduce(per_token: Tensor, loss_mask: Tensor, weights: Tensor | None, reduction: Reduction) -> Tensor:

@@ -13,6 +13,8 @@ from understudy.config_objective import ObjectiveConfig
 from understudy.divergences import KINDS
 from understudy.types import Rollout, ScoredRollout, Scores
 
+_DEFAULTS = ObjectiveConfig()
+
 
 class MetricsLog:
     """metrics.jsonl: one object per step, each line flushed as it is written."""
@@ -41,9 +43,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def rollout_metrics(
-    scored: Sequence[ScoredRollout], objective: ObjectiveConfig = ObjectiveConfig()
-) -> dict[str, float]:
+def rollout_metrics(scored: Sequence[ScoredRollout], objective: ObjectiveConfig = _DEFAULTS) -> dict[str, float]:
     """What the student wrote and what its teacher thought of it. Token means unless said."""
     rollouts = [s.rollout for s in scored]
     lengths = [len(r.completion_ids) for r in rollouts]

@@ -17,6 +17,7 @@ from understudy.losses import cispo_loss, importance_sampling_loss, ppo_loss
 from understudy.objectives import FullDivergence, Mixture, Objective, PolicyGradient, PolicyLoss, TopkDivergence
 from understudy.types import ScoreKind
 
+
 @dataclass(frozen=True)
 class Needs:
     """The kinds of scores an objective is made from; ``topk``: how many alternatives, for kind "topk"."""

@@ -91,9 +91,7 @@ def test_the_head_runs_on_completion_positions_only(monkeypatch: pytest.MonkeyPa
     rows: list[int] = []
     logits = Projection.logits
 
-    def counted(
-        projection: Projection, hidden: torch.Tensor, low: int, high: int, out: torch.Tensor
-    ) -> torch.Tensor:
+    def counted(projection: Projection, hidden: torch.Tensor, low: int, high: int, out: torch.Tensor) -> torch.Tensor:
         assert (low, high) == (0, 6)  # a vocabulary this small is one tile: rows are counted once
         rows.append(len(hidden))
         return logits(projection, hidden, low, high, out)

@@ -44,7 +44,7 @@ class LanguageModel:
         config = self._causal.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0
         scale = scale / (getattr(config, "logits_scaling", None) or 1.0)
-        head = LMHead(output.weight, output.bias, getattr(config, "final_logit_softcapping", None), scale)
+        head = LMHead(_whole_weight(output), output.bias, getattr(config, "final_logit_softcapping", None), scale)
         return head if self._vocab_size is None else head.sliced(self._vocab_size)
 
     def hidden(self, input_ids: Tensor, **inputs: Any) -> Any:
@@ -63,6 +63,13 @@ class LanguageModel:
         matrices = [p for p in self._causal.parameters() if p.dim() > 1 and p is not embedding and p is not head]
         matrices.append(head)
         return sum(p.numel() for p in matrices), sum(p.numel() for p in matrices if p.requires_grad)
+
+
+def _whole_weight(output: Any) -> Tensor:
+    """The head's weight, with its adapters' contribution where it has adapters; gradients flow into both."""
+    if not hasattr(output, "lora_A") or output.merged or output.disable_adapters:
+        return output.weight
+    return output.weight + sum(output.get_delta_weight(name) for name in output.active_adapters)
 
 
 def _shape_of(model: nn.Module) -> tuple[int, ...]:
@@ -234,16 +241,20 @@ def _student_dtype(dtype: Dtype, device: torch.device, *, lora: bool) -> torch.d
     return getattr(torch, dtype)
 
 
-def _with_adapters(base: nn.Module, config: LoraConfig, weights: Path | None, seed: int) -> Any:
+def _with_adapters(base: Any, config: LoraConfig, weights: Path | None, seed: int) -> Any:
     peft = _peft()
     if weights is not None:
         return peft.PeftModel.from_pretrained(base, str(weights), is_trainable=True)
     targets = config.target_modules
-    if targets != "all-linear" and "lm_head" in targets:
+    if (
+        targets != "all-linear"
+        and "lm_head" in targets
+        and base.get_output_embeddings().weight is (base.get_input_embeddings().weight)
+    ):
         raise ConfigError(
             "student.lora.target_modules",
-            got="lm_head",
-            expected="layers below the LM head",
+            got="lm_head, which shares its weight with the embedding",
+            expected="layers of their own: merged, such an adapter would change the embedding too",
             remedy='use "all-linear", which adapts everything else',
         )
     lora = peft.LoraConfig(

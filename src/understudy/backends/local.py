@@ -222,4 +222,7 @@ class LocalTrainer:
 
     def save_pretrained(self, folder: Path) -> None:
         """See ``Trainer.save_pretrained``."""
-        self.model.model.save_pretrained(folder)
+        model = self.model.model
+        # An adapted head is saved as its adapters; peft would write the whole head and embedding too.
+        options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+        model.save_pretrained(folder, **options)

@@ -14,7 +14,7 @@ from understudy.advantages import training_examples
 from understudy.batching import micro_batches
 from understudy.config import PromptsConfig, RewardConfig, RunConfig, StudentConfig, TeacherConfig
 from understudy.estimators.tabular import EOS, Ids, World
-from understudy.lm_head import LMHead
+from understudy.lm_head import LMHead, head_topk
 from understudy.signals import build_objective, credit_rules, resolve_estimator, score_needs
 from understudy.types import HiddenScores, Prompt, Rollout, SampledScores, ScoredRollout, ScoreKind, Scores, TopkScores
 
@@ -76,8 +76,8 @@ class TabularTeacher:
         logprobs = self._world.logprobs(self._table, completion).tolist()
         rows = self._table[self._world.state_index(completion)]
         if kind == "topk":
-            best = rows.log_softmax(-1).topk(topk, dim=-1)
-            return TopkScores(logprobs, best.indices.tolist(), best.values.tolist())
+            values, ids = head_topk(self.head, rows, topk)
+            return TopkScores(logprobs, ids.tolist(), values.tolist())
         return HiddenScores(logprobs, rows) if kind == "hidden" else SampledScores(logprobs)
 
 
