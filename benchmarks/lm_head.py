@@ -1,7 +1,8 @@
 """Time and memory of losses at the LM head: understudy's against the plain ones and TRL's. See README.md beside it.
 
-    OMP_NUM_THREADS=1 python benchmarks/lm_head.py             # everything, half an hour on one core
+    OMP_NUM_THREADS=1 python benchmarks/lm_head.py             # everything, an hour on one core
     OMP_NUM_THREADS=1 python benchmarks/lm_head.py --quick     # 256 tokens once: does it run?
+    python benchmarks/lm_head.py --render                      # table and chart again, from the JSON
 
 Every measurement is a process of its own, on one thread; repetitions are interleaved, so that a busy machine slows all
 variants alike. Memory is the peak over what inputs and libraries occupy before; gradients are part of it.
@@ -125,6 +126,7 @@ FULL: dict[str, Loss] = {
     "KL TRL chunked": kl_trl,
     "KL understudy": kl_ours,
 }
+OURS = ("understudy logprob_loss", "KL understudy")
 ON_CUDA: dict[str, Loss] = {
     "compiled": lambda *inputs: torch.compile(naive)(*inputs),
     "Liger cross-entropy": liger_cross_entropy,
@@ -261,7 +263,7 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, bool]]:
     if ("KL TRL chunked", "float32") in by:
         ratio = by["KL TRL chunked", "float32"]["cpu_s"] / kl["cpu_s"]
         lines.append(("full reverse KL, float32: at least 1.8 times TRL's speed", f"{ratio:.2f} times", ratio >= 1.8))
-    for name in ("understudy logprob_loss", "KL understudy"):
+    for name in OURS:
         ratio = by[name, "float32"]["cpu_s"] / by[name, "bfloat16"]["cpu_s"]
         lines.append((f"{name}: bfloat16 at least twice as fast as float32", f"{ratio:.2f} times", ratio >= 2))
     return lines
@@ -272,8 +274,8 @@ def markdown(record: dict[str, Any]) -> str:
     first = rows[0]
     lines = [
         f"LM-head losses, forward and backward: {first['tokens']} tokens, vocabulary {first['vocab_size']}, hidden "
-        f"size {STUDENT_WIDTH} (teacher {TEACHER_WIDTH}). Medians of {record['repetitions']} interleaved runs, each in a "
-        "fresh process. Peak: over the memory in use before, gradients included.",
+        f"size {STUDENT_WIDTH} (teacher {TEACHER_WIDTH}). Medians of {record['repetitions']} interleaved runs, each in "
+        "a fresh process. Peak: over the memory in use before, gradients included.",
         "",
         ", ".join(f"{key} {' '.join(x) if isinstance(x, list) else x}" for key, x in info.items() if x is not None),
         "",
@@ -300,7 +302,7 @@ def markdown(record: dict[str, Any]) -> str:
             (r["name"], r["tokens"], r["vocab_size"]): r["peak_mb"] - r["gradients_mb"] for r in record["scaling"]
         }
         for tokens, vocab_size in dict.fromkeys((r["tokens"], r["vocab_size"]) for r in record["scaling"]):
-            both = (working[name, tokens, vocab_size] for name in ("understudy logprob_loss", "KL understudy"))
+            both = (working[name, tokens, vocab_size] for name in OURS)
             lines.append(f"| {tokens} | {vocab_size} | {' | '.join(f'{mb:.0f}' for mb in both)} |")
     return "\n".join(lines) + "\n"
 
@@ -308,7 +310,7 @@ def markdown(record: dict[str, Any]) -> str:
 def chart(scaling: Sequence[dict[str, Any]]) -> str:
     """Working memory over the number of logits, N x V: tokens and vocabulary both move along it."""
     series = []
-    for name in ("understudy logprob_loss", "KL understudy"):
+    for name in OURS:
         for label, wanted in (
             (f"V = {VOCAB:,}", lambda r: r["vocab_size"] == VOCAB),
             ("N = 2,048", lambda r: r["tokens"] == 2048),
@@ -325,41 +327,39 @@ def chart(scaling: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def write(record: dict[str, Any]) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    RESULTS.with_suffix(".md").write_text(markdown(record))
+    # Charts are made to stand in a page; a file of its own needs the namespace, and a font.
+    alone = '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" '
+    RESULTS.with_suffix(".svg").write_text(chart(record["scaling"]).replace("<svg ", alone, 1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", nargs=4, metavar=("NAME", "DTYPE", "TOKENS", "VOCAB"), help="measure in this process")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="256 tokens, one repetition, nothing written")
+    parser.add_argument("--render", action="store_true", help="rewrite table and chart from the JSON")
     arguments = parser.parse_args()
     if arguments.one:
         name, dtype, tokens, vocab_size = arguments.one
         print(json.dumps(measure(name, dtype, int(tokens), int(vocab_size))))
         return
+    if arguments.render:
+        write(json.loads(RESULTS.with_suffix(".json").read_text()))
+        return
     tokens, repetitions = (256, 1) if arguments.quick else (TOKENS, arguments.repetitions)
     cells = [(name, dtype) for dtype in ("float32", "bfloat16") for name in available()]
     runs = [in_process(*cell, tokens, VOCAB) for _ in range(repetitions) for cell in cells]
-    scaling = (
-        []
-        if arguments.quick
-        else [
-            in_process(name, "float32", *shape)
-            for shape in SCALING
-            for name in ("understudy logprob_loss", "KL understudy")
-        ]
-    )
-    record = {
-        "machine": machine(),
-        "repetitions": repetitions,
-        "medians": medians(runs),
-        "scaling": scaling,
-        "runs": runs,
-    }
+    shapes = [] if arguments.quick else [(name, "float32", *shape) for shape in SCALING for name in OURS]
+    scaling = [in_process(*shape) for shape in shapes]
+    common = {"machine": machine(), "repetitions": repetitions}
+    record = common | {"medians": medians(runs), "scaling": scaling, "runs": runs}
     print(markdown(record))
     if not arguments.quick:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-        RESULTS.with_suffix(".md").write_text(markdown(record))
-        RESULTS.with_suffix(".svg").write_text(chart(scaling) + "\n")
+        write(record)
 
 
 if __name__ == "__main__":

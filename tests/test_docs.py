@@ -281,7 +281,8 @@ def test_every_metric_is_defined(runs: Mapping[str, Path]) -> None:
     documented = Counter(row[0] for row in tables(ROOT / "docs" / "metrics.md"))
     assert max(documented.values()) == 1
     written = {name: {key for row in metrics(runs[name]) for key in row} for name in runs if has(runs[name], "metrics")}
-    assert {generic(key) for keys in written.values() for key in keys} == set(documented)
+    # The rest belongs to single objectives: test_every_objective.py.
+    assert {generic(key) for keys in written.values() for key in keys} <= set(documented)
     # The column that says where: spot checks of its claims.
     assert {"ratio/mean", "reverse_kl/full", "reward/mean"} <= written["mixed"]
     assert "ratio/mean" not in written["full"]

@@ -261,7 +261,8 @@ def test_an_exotic_objective_resumes_bit_for_bit(world: World) -> None:
 
 # --- On the demo's models: what each objective is the gradient of gets smaller. ---------------------------------------
 
-STEPS, CAP = 10, 30
+# The demo's 64 completions a step, cut after two items: what lies further ahead adds most of the sampled variance.
+STEPS, GROUPS, CAP, LOOKED_AT = 8, 32, 6, 48
 LEARNING_RATES = {arm.name: arm.learning_rate for arm in ARMS}
 
 
@@ -284,7 +285,7 @@ def demo() -> Demo:
         load_model(str(folder / name), role=name, dtype=torch.float32, device=torch.device("cpu"))
         for name in ("start", "teacher")
     )
-    rows = Ledger().prompt_rows(16 * STEPS, 1)
+    rows = Ledger().prompt_rows(GROUPS * STEPS, 1)
     prompts = [Prompt(i, text.tokenizer.encode(row["prompt"]), row["prompt"]) for i, row in enumerate(rows)]
     frozen = LocalTeacher(LanguageModel(teacher.requires_grad_(False)))
     return Demo(start, frozen, prompts, frozenset(text.end_ids), text.tokenizer.decode)
@@ -302,7 +303,7 @@ class Nobody:
         return "go on"
 
 
-def operations(prompt: Prompt, completion: str, finish_reason: str) -> float:
+def different_words(prompt: Prompt, completion: str, finish_reason: str) -> float:
     """A dense reward: the share of different words."""
     words = completion.split()
     return len(set(words)) / max(1, len(words))
@@ -318,8 +319,8 @@ def parts_of(case: Case, demo: Demo, **sections: Any) -> Parts:
         "teacher": {"model": "teacher"} if case.teacher else None,
         "reference": {"model": "start"} if case.reference else None,
         "objective": dict(case.objective),
-        "sampling": {"group_size": 2, "groups_per_batch": 16, "max_completion_tokens": CAP},
-        "optim": {"learning_rate": LEARNING_RATES[arm], "num_steps": STEPS, "betas": [0.9, 0.98]},
+        "sampling": {"group_size": 2, "groups_per_batch": GROUPS, "max_completion_tokens": CAP},
+        "optim": {"learning_rate": LEARNING_RATES[arm], "num_steps": STEPS, "warmup_steps": 5, "betas": [0.9, 0.98]},
     }
     teachers = {"default": demo.teacher} if case.teacher else {}
     config = resolve_estimator(RunConfig.model_validate(tree | sections), teachers)
@@ -332,12 +333,13 @@ def parts_of(case: Case, demo: Demo, **sections: Any) -> Parts:
         sampler=sampler,
         teachers=teachers,
         page_teachers=teachers,
+        page_reference=None,
         reference=reference,
         trainer=LocalTrainer(student, config.optim),
         evaluator=sampler,
         objective=build_objective(config, teachers, reference),
         needs=score_needs(config.objective),
-        grader=operations if case.grader else None,
+        grader=different_words if case.grader else None,
         prompts=demo.prompts,
         tasks=[],
         decode=demo.decode,
@@ -348,18 +350,16 @@ def parts_of(case: Case, demo: Demo, **sections: Any) -> Parts:
 
 @torch.no_grad()
 def exact_objective(parts: Parts, demo: Demo) -> float:
-    """The expectation of the run's loss at the states of 64 fresh rollouts, over the whole vocabulary: nothing in it is
+    """The expectation of the run's loss at the states of fresh rollouts, over the whole vocabulary: nothing in it is
     what the run itself computed."""
     objective, rules = parts.config.objective, parts.credit
-    wanted = parts.config.sampling.model_copy(update={"groups_per_batch": 32})
     looked_at = replace(
         parts,
-        config=parts.config.model_copy(update={"sampling": wanted}),
         needs=replace(parts.needs, teacher="hidden", reference="hidden"),
         # The mask and the weights of the run's own rules; hidden states for what stands here.
         credit=replace(rules, estimator="full", control="none"),
     )
-    scored, examples = sample_and_score(looked_at, demo.prompts[:32], seed=12345)
+    scored, examples = sample_and_score(looked_at, demo.prompts[:LOOKED_AT], seed=12345)
     [batch] = micro_batches(examples, micro_batch_tokens=10**9, dtype=torch.float64)
     assert isinstance(parts.trainer, LocalTrainer)
     student = parts.trainer.model
@@ -380,8 +380,9 @@ def exact_objective(parts: Parts, demo: Demo) -> float:
 
 
 def of_teacher(objective: Any, p: Tensor, q: Tensor, batch: Batch) -> Tensor:
-    """Weighted sum of the objective's own divergence."""
-    if objective.estimator == "topk":
+    """Weighted sum of the objective's own divergence. With a log-ratio held constant on part of the vocabulary there is
+    no number that the gradient is of; the whole reverse KL, which it stands for, is looked at instead."""
+    if objective.estimator == "topk" and objective.tail != "stop_gradient":
         log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
         own, others = (x.topk(objective.topk, dim=-1).indices for x in (log_p, log_q))
         kept = torch.zeros_like(p, dtype=torch.bool)
@@ -398,7 +399,9 @@ def of_teacher(objective: Any, p: Tensor, q: Tensor, batch: Batch) -> Tensor:
 
 
 # A partly discounted return is the gradient of no number that could be looked up.
-LOWERED = [name for name in CASES if name not in ("discount 0.5", "no special tokens")]
+# Others differ from their neighbours in name only here: no special token is written, on the policy nothing is clipped.
+LEFT_OUT = ("discount 0.5", "no special tokens", "full", "rewards by PPO, full")
+LOWERED = [name for name in CASES if name not in LEFT_OUT]
 
 
 @pytest.mark.parametrize("name", LOWERED)
@@ -407,7 +410,6 @@ def test_a_short_run_lowers_its_own_exact_objective(name: str, demo: Demo) -> No
     before = exact_objective(parts, demo)
     on_policy_loop(parts, Nobody())  # type: ignore[arg-type]
     after = exact_objective(parts, demo)
-    print(f"{name}: {before:.4f} -> {after:.4f}")
     assert after < before
 
 

@@ -79,9 +79,6 @@ def test_auto_is_sampled_unless_every_teacher_is_in_process(teachers: dict[str, 
         ({"estimator": "topk"}, PLAIN, "objective.topk", ["32 of teacher 'default'", "no alternatives", '"sampled"']),
         ({"estimator": "topk"}, SERVED, "objective.topk", ["gives 20 alternatives", "set objective.topk = 20"]),
         ({"divergence": "jsd"}, PLAIN, "objective.divergence", ['"jsd"', '"reverse_kl"', "[teacher] model"]),
-        ({"estimator": "full"}, None, "objective", ['estimator = "full"', "without a teacher", "drop both keys"]),
-        ({"estimator": "topk"}, None, "objective", ['estimator = "topk"', "a teacher"]),
-        ({"baseline": True}, None, "objective", ["baseline = true", "a teacher"]),
     ],
 )
 def test_teachers_that_cannot_give_what_is_needed(
@@ -91,6 +88,13 @@ def test_teachers_that_cannot_give_what_is_needed(
         resolved(objective, teacher)
     assert error.value.where == where
     assert all(fragment in str(error.value) for fragment in fragments), str(error.value)
+
+
+@pytest.mark.parametrize("objective", [{"estimator": "full"}, {"estimator": "topk"}, {"baseline": True}])
+def test_a_teachers_settings_do_not_apply_without_one(objective: dict[str, Any]) -> None:
+    """`rl` and `sft` read the file of a distillation."""
+    settled = resolved(objective, None).objective
+    assert (settled.estimator, settled.baseline) == ("sampled", False)
 
 
 def test_one_teacher_that_cannot_is_enough_and_is_named() -> None:

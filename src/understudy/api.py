@@ -168,13 +168,13 @@ def _finished(folder: RunFolder, row: Mapping[str, Any], interrupted_at: int | N
 
 def _keep_final_rollouts(parts: Parts, recorder: Recorder) -> None:
     """The trained student on the first step's prompts, for pages that show before and after."""
-    sampling = parts.config.sampling
-    wanted = -(-parts.config.rollouts.per_step // sampling.group_size)
-    prompts = parts.prompts_at(0)[:wanted]
-    if not prompts:
+    wanted = parts.config.rollouts.per_step
+    if wanted == 0:
         return
+    # At least two: the shuffled teacher gives each completion another one's marks.
+    prompts = parts.prompts_at(0)[: -(-max(2, wanted) // parts.config.sampling.group_size)]
     # Neither this writing nor its marking belongs to the method's price.
-    for_pages = replace(parts, sampler=parts.evaluator, teachers=parts.page_teachers)
+    for_pages = replace(parts, sampler=parts.evaluator, teachers=parts.page_teachers, reference=parts.page_reference)
     scored, examples = sample_and_score(for_pages, prompts, seed=step_seed(parts.config.seed, 0))
     recorder.keep_rollouts(parts.config.optim.num_steps, scored, examples)
 

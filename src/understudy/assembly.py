@@ -48,7 +48,7 @@ _BF16_MAX_ERROR_SHARE = 0.05
 class Parts:
     """The loop's working parts, and its settings in the form its stages take them.
 
-    ``page_teachers`` are the teachers off the cost ledger: what pages show is not part of a method's price.
+    ``page_teachers`` and ``page_reference`` are off the cost ledger: what pages show is not part of a method's price.
     """
 
     config: RunConfig
@@ -56,6 +56,7 @@ class Parts:
     teachers: Mapping[str, Teacher]
     page_teachers: Mapping[str, Teacher]
     reference: Teacher | None
+    page_reference: Teacher | None
     trainer: Trainer
     evaluator: Sampler
     objective: Objective
@@ -119,6 +120,7 @@ def assemble(config: RunConfig, checked: Checked, costs: CostLedger, *, checkpoi
         teachers={name: MeteredTeacher(teacher, costs, _size(teacher)) for name, teacher in teachers.items()},
         page_teachers=teachers,
         reference=MeteredTeacher(reference, costs, _size(reference), "reference_scoring") if reference else None,
+        page_reference=reference,
         trainer=MeteredTrainer(trainer, costs, sizes),
         evaluator=MeteredSampler(sampler, costs, "evaluation", sizes[0]),
         objective=build_objective(config, teachers, reference),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from understudy.divergences import Divergence
+from understudy.divergences import Divergence, gated
 from understudy.head_kernels import NEGLIGIBLE, GradientSums, Projection, block_rows, normalise, tile_of
 
 
@@ -29,11 +29,11 @@ def divergence_kernel(inputs: DivergenceInputs, sums: GradientSums) -> Tensor:
     values go to ``sums``."""
     student, device = inputs.student, inputs.student_hidden.device
     dtype = torch.promote_types(student.wide, inputs.teacher.wide)
-    size = min(block_rows(student.rows, dtype, device), len(inputs.rows))
+    size = min(block_rows(student.rows, dtype, device), max(1, len(inputs.rows)))
     kept = torch.empty(2, size * student.rows, dtype=dtype, device=device)
     scratch = student.storage(3, size, dtype)
     columns = [kept.new_empty(0, 2 + len(inputs.divergence.gates(kept.new_empty(0))))]
-    for rows, weights in zip(inputs.rows.split(max(1, size)), inputs.weights.split(max(1, size)), strict=True):
+    for rows, weights in zip(inputs.rows.split(size), inputs.weights.split(size), strict=True):
         own = inputs.student_hidden[rows]
         other = inputs.teacher_hidden[rows.to(inputs.teacher_hidden.device)].to(inputs.teacher.weight.device)
         tiles = student.tiles(size)
@@ -94,7 +94,7 @@ def _terms(
         pull.zero_()
         for part, gate in zip(inputs.divergence.parts, gates, strict=True):
             value, part_pull = part(log_p, log_q, p, q)
-            values += gate * value.sum(-1)
+            values += gated(gate, value.sum(-1))
             pull.addcmul_(part_pull, gate[:, None])
         pulls += pull.sum(-1)
         if capped is not None:

@@ -274,7 +274,7 @@ def loss_kernel(
     projection: Projection, hidden: Tensor, ids: Tensor, block_loss: BlockLoss, sums: GradientSums
 ) -> tuple[Tensor, Tensor]:
     """(summed loss, log-probabilities [N, K]); the gradients go to ``sums``."""
-    rows = min(block_rows(projection.rows, projection.wide, hidden.device), len(hidden))
+    rows = min(block_rows(projection.rows, projection.wide, hidden.device), max(1, len(hidden)))
     logprobs = torch.empty(ids.shape, dtype=projection.wide, device=hidden.device)
     loss = logprobs.new_zeros(())
     [shifted] = projection.storage(1, rows)

@@ -121,7 +121,8 @@ def logprob_loss(
     ``token_loss``: (log-probabilities of a block of tokens, their rows) -> scalar. The loss is its sum over blocks, so
     it must be a sum over tokens that looks at each block alone: a policy loss, cross-entropy, a top-k divergence. It
     is differentiated with respect to the log-probabilities only. Gradients are formed right here, which saves a second
-    projection; a later ``backward`` hands them out.
+    projection; a later ``backward`` hands them out, without a copy where nothing multiplies the loss on its way. Hidden
+    states must be finite also where the loss leaves a token out.
 
         logprob_loss(head, hidden, ids, lambda logprobs, rows: -(advantages[rows] * logprobs).sum())
 
@@ -179,7 +180,7 @@ def head_divergence(
             return student_head.logprobs(own, temperature=temperature)[0], log_q[0].to(own.device)
 
     values = columns.new_zeros(loss_mask.shape).index_put((rows,), columns[:, 0])
-    check_finite(values, loss_mask, logprobs)
+    check_finite(values, loss_mask, logprobs, divergence)
     metrics = divergence_metrics(divergence, columns, torch.ones_like(rows, dtype=torch.bool))
     return LossOutput(_with_gradient(loss, sums, student_head, student_hidden), metrics)
 

@@ -122,19 +122,22 @@ def _texts(config: RunConfig, method: Method) -> tuple[ModelText, dict[str, Mode
         return student, {}, None
     teachers = {name: load_text(teacher.model, "teacher") for name, teacher in config.all_teachers.items()}
     reference = load_text(config.reference.model, "reference") if config.reference else None
-    for other in [*teachers.values(), *([reference] if reference else [])]:
-        check_same_tokens(student, other)
+    for teacher in teachers.values():
+        check_same_tokens(student, teacher)
+    if reference is not None:
+        check_same_tokens(student, reference, role="reference")
     return student, teachers, reference
 
 
 def _check_reference(reference: ModelText, student: ModelText, prompts: Sequence[Prompt], config: RunConfig) -> None:
     """The reference reads what the student reads."""
-    longest = max((len(prompt.prompt_ids) for prompt in prompts), default=0) + config.sampling.max_completion_tokens
+    longest = max((len(prompt.prompt_ids) for prompt in prompts), default=0)
+    longest += config.training_sampling.max_completion_tokens
     if longest > reference.context_length:
         raise ConfigError(
             "reference.model",
             got=f"a context of {reference.context_length} tokens",
-            expected=f"at least {longest}, the longest prompt and sampling.max_completion_tokens",
+            expected=f"at least {longest}, the longest prompt and a completion",
             remedy="use another reference, or shorter prompts or completions",
         )
 

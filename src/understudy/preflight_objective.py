@@ -13,8 +13,9 @@ def check_objective(config: RunConfig, method: str, rewarded: bool) -> None:
     """Raise ConfigError for what cannot work or would have no effect in ``distill`` and ``rl``."""
     _check_sampling(config)
     _check_rewards(config, method, rewarded)
-    _check_estimator(config.objective)
-    _check_reference(config)
+    if method == "distill":
+        _check_estimator(config.objective)
+    _check_reference(config, method)
     _check_control(config, method)
     _check_policy_loss(config)
     _check_tokens(config)
@@ -88,9 +89,10 @@ def _what_rules_out_full(objective: ObjectiveConfig) -> str:
     return "a setting of the sampled estimator (discount, signal_clip, baseline, control or the policy loss)"
 
 
-def _check_reference(config: RunConfig) -> None:
+def _check_reference(config: RunConfig, method: str) -> None:
     objective = config.objective
-    extrapolates, anchored = objective.extrapolation != 1, objective.anchor_coef != 0
+    # rl has no teacher to go beyond.
+    extrapolates, anchored = objective.extrapolation != 1 and method == "distill", objective.anchor_coef != 0
     key = "extrapolation" if extrapolates else "anchor_coef"
     if (extrapolates or anchored) and config.reference is None:
         _refuse(
@@ -104,7 +106,8 @@ def _check_reference(config: RunConfig) -> None:
             "reference",
             config.reference.model,
             "a use for it",
-            "set objective.anchor_coef or objective.extrapolation, or drop [reference]",
+            f"set objective.anchor_coef{' or objective.extrapolation' if method == 'distill' else ''}, or drop "
+            "[reference]",
         )
     if extrapolates and (objective.divergence != "reverse_kl" or objective.estimator == "topk"):
         _refuse(

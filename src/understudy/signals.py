@@ -36,7 +36,10 @@ def resolve_estimator(config: RunConfig, teachers: Mapping[str, Teacher]) -> Run
         ConfigError: teachers that cannot give what the objective needs.
     """
     objective = config.objective
-    in_process = bool(teachers) and all("hidden" in teacher.kinds for teacher in teachers.values())
+    if not teachers:  # rewards, or a control, on the written tokens: a teacher's settings do not apply
+        update = {"estimator": "sampled", "baseline": False}
+        return config.model_copy(update={"objective": objective.model_copy(update=update)})
+    in_process = all("hidden" in teacher.kinds for teacher in teachers.values())
     if objective.estimator == "auto":
         full = in_process and not objective.asks_for_sampled
         objective = objective.model_copy(update={"estimator": "full" if full else "sampled"})
@@ -46,13 +49,6 @@ def resolve_estimator(config: RunConfig, teachers: Mapping[str, Teacher]) -> Run
 
 def _check_teachers(objective: ObjectiveConfig, teachers: Mapping[str, Teacher], in_process: bool) -> None:
     kind = score_needs(objective).teacher
-    if not teachers and (objective.estimator != "sampled" or objective.baseline):
-        raise ConfigError(
-            "objective",
-            got=f'estimator = "{objective.estimator}", baseline = {str(objective.baseline).lower()} without a teacher',
-            expected="a teacher",
-            remedy="drop both keys",
-        )
     if kind == "hidden" and not in_process:
         key = {"sampled": "baseline", "full": "estimator", "topk": "topk_set"}[objective.estimator]
         raise ConfigError(
@@ -61,7 +57,7 @@ def _check_teachers(objective: ObjectiveConfig, teachers: Mapping[str, Teacher],
             expected="teachers in this process, whose hidden states give every token's probability",
             remedy='use topk_set = "teacher"' if key == "topk_set" else 'use estimator = "sampled", without a baseline',
         )
-    if objective.estimator == "sampled" and objective.divergence != "reverse_kl" and teachers:
+    if objective.estimator == "sampled" and objective.divergence != "reverse_kl":
         raise ConfigError(
             "objective.divergence",
             got=f'"{objective.divergence}" with estimator = "sampled"',

@@ -144,21 +144,22 @@ def _check_folder(folder: Path, role: str) -> None:
         )
 
 
-def check_same_tokens(student: ModelText, teacher: ModelText) -> None:
-    """Raise ConfigError unless every id means the same token to both. Widths may differ: padding rows mean nothing."""
+def check_same_tokens(student: ModelText, teacher: ModelText, *, role: str = "teacher") -> None:
+    """Raise ConfigError unless every id means the same token to both. Widths may differ: padding rows mean nothing.
+    ``role``: what errors call the second one."""
     if student.vocab == teacher.vocab:
         return
     tokens = sorted(student.vocab.keys() | teacher.vocab.keys(), key=lambda t: (student.vocab.get(t, 1 << 40), t))
     different = [t for t in tokens if student.vocab.get(t) != teacher.vocab.get(t)]
     shown = "; ".join(
-        f"{t!r} is {student.vocab.get(t, 'absent')} for the student, {teacher.vocab.get(t, 'absent')} for the teacher"
+        f"{t!r} is {student.vocab.get(t, 'absent')} for the student, {teacher.vocab.get(t, 'absent')} for the {role}"
         for t in different[:3]
     )
     raise ConfigError(
-        f"tokenizers of student {student.name} and teacher {teacher.name}",
+        f"tokenizers of student {student.name} and {role} {teacher.name}",
         got=f"{len(different)} of {len(tokens)} tokens differ: {shown}",
-        expected="the same token-to-id map: the teacher scores the student's token ids",
-        remedy="use a teacher of the student's model family, or train the student on its text with `understudy sft`",
+        expected=f"the same token-to-id map: the {role} scores the student's token ids",
+        remedy=f"use a {role} of the student's model family, or train the student on its text with `understudy sft`",
     )
 
 

@@ -86,6 +86,7 @@ def test_the_loop_is_the_recipe(estimator: str, packing: bool) -> None:
             sampler=sampler,
             teachers={"default": marks},
             page_teachers={},
+            page_reference=None,
             reference=None,
             trainer=trainer,
             evaluator=sampler,
