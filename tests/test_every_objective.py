@@ -29,6 +29,7 @@ from understudy.backends.local import LocalSampler, LocalTeacher, LocalTrainer
 from understudy.batching import micro_batches
 from understudy.loop import on_policy_loop, sample_and_score
 from understudy.losses import distribution_divergence, topk_divergence
+from understudy.rollout_store import read_rollouts
 from understudy.signals import build_objective, credit_rules, resolve_estimator, score_needs
 from understudy.tokenization import load_text
 from understudy.types import Batch, Prompt, ScoredRollout, TrainingExample
@@ -223,6 +224,43 @@ def test_the_sft_of_a_file_that_names_a_reference_does_not_load_it(world: World)
     overrides = {"reference.model": "/no/such/model", "prompts.path": str(world.folder / "pairs.jsonl")}
     result = understudy.sft(RunConfig.from_toml(path, overrides), quiet=True)
     assert [row["step"] for row in metrics(result.folder)] == [1, 2]
+
+
+@pytest.mark.parametrize("objective", [{"estimator": "full"}, {"baseline": True}, {"divergence": "jsd"}], ids=str)
+@pytest.mark.parametrize("method", ["rl", "sft"])
+def test_a_distillations_file_serves_rl_and_sft_and_resumes(
+    world: World, method: str, objective: Mapping[str, Any]
+) -> None:
+    """A teacher's settings do not apply there, and are stored as they were written."""
+    out = f"{method}_{next(iter(objective))}"
+    path = world.toml(Case(objective, "sampled", grader=True), out)
+    write_rows(world.folder / "pairs.jsonl", [{"prompt": "w1 w2", "completion": "w3"}] * 2)
+    overrides: dict[str, object] = {"prompts.path": str(world.folder / "pairs.jsonl")} if method == "sft" else {}
+    run = getattr(understudy, method)
+    run(RunConfig.from_toml(path, {**overrides, "optim.num_steps": 1}), quiet=True)
+    result = run(RunConfig.from_toml(path, {**overrides, "optim.num_steps": 2}), quiet=True, resume=True)
+    assert [row["step"] for row in metrics(result.folder)] == [1, 2]
+    stored = RunConfig.from_toml(result.folder / "config.toml").objective
+    assert all(getattr(stored, key) == value for key, value in objective.items())
+
+
+def test_stored_rollouts_say_which_tokens_trained(world: World) -> None:
+    case = Case({"estimator": "sampled", "tokens": {"span": [0.0, 0.5]}}, "sampled")
+    config = RunConfig.from_toml(world.toml(case, "kept"), {"rollouts.per_step": 8, "rollouts.every": 1})
+    folder = understudy.distill(config, quiet=True).folder
+    records = read_rollouts(folder / "rollouts" / "step_000000.jsonl")
+    assert any(False in record["loss_mask"] for record in records)
+    for record in records:
+        length = len(record["completion_ids"])
+        assert record["loss_mask"] == [t < -(-length // 2) for t in range(length)]
+        assert all(keep or credit == 0 for keep, credit in zip(record["loss_mask"], record["advantages"], strict=True))
+
+
+def test_a_shuffled_teachers_page_with_one_rollout(world: World) -> None:
+    case = Case({"control": "shuffled_teacher"}, "sampled")
+    overrides = {"rollouts.per_step": 1, "sampling.group_size": 1, "sampling.groups_per_batch": 2}
+    folder = understudy.distill(RunConfig.from_toml(world.toml(case, "one"), overrides), quiet=True).folder
+    assert len(read_rollouts(folder / "rollouts" / "step_000002.jsonl")) == 1
 
 
 def test_an_exotic_objective_resumes_bit_for_bit(world: World) -> None:

@@ -108,7 +108,7 @@ def test_log_softmax_is_float32_or_wider(given: str, wanted: str) -> None:
         head_logprobs(head, hidden, ids),
         head_topk(head, hidden, 2)[0],
         *logprob_loss(head, hidden, ids, lambda logprobs, rows: logprobs.sum()),
-        divergence_columns(head, head, hidden, hidden),
+        divergence_columns(head, head, hidden, hidden, torch.ones(N, dtype=torch.bool)),
     ]
     assert {x.dtype for x in outputs} == {getattr(torch, wanted)}
     assert float(head.logprobs(hidden).double().exp().sum(-1).sub(1).abs().max()) < 1e-6
@@ -278,8 +278,12 @@ def test_the_same_model_is_at_distance_zero() -> None:
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: f"{d.kind}-{d.beta}")
 def test_columns_are_the_metrics_position_by_position(divergence: Divergence, tiles) -> None:
     student, teacher, states = LMHead(draw(V, H)), LMHead(draw(V, 3)), (draw(N, H), draw(N, 3))
-    columns = divergence_columns(student, teacher, *states, divergence=divergence, temperature=0.8)
+    everywhere = torch.ones(N, dtype=torch.bool)
+    columns = divergence_columns(student, teacher, *states, everywhere, divergence=divergence, temperature=0.8)
     assert not columns.requires_grad
+    some = torch.arange(N) % 2 == 0
+    masked = divergence_columns(student, teacher, *states, some, divergence=divergence, temperature=0.8)
+    torch.testing.assert_close(masked, torch.where(some[:, None], columns, 0.0))
     for n in range(N):
         mask = torch.arange(N) == n
         expected = dense(student, teacher, states, mask, divergence=divergence, temperature=0.8).metrics
@@ -342,9 +346,22 @@ def test_infinite_divergences_name_their_position(tiles) -> None:
         head_divergence(student, teacher, hidden, draw(N, H, seed=1), mask).loss.backward()
         assert hidden.grad is not None
         assert hidden.grad.isfinite().all()
-    columns = divergence_columns(free, cut, draw(N, H), draw(N, H))
-    assert columns[:, 0].isposinf().all()
-    assert columns[:, 1:].isfinite().all()
+    with pytest.raises(ZeroProbabilityError, match=r"position 2: the teacher gives token \d probability zero"):
+        divergence_columns(free, cut, draw(N, H), draw(N, H), mask)
+
+
+def test_a_closed_gate_keeps_an_infinite_forward_kl_out(tiles) -> None:
+    """The student gives zero where a teacher that is sure of something else does not: the reverse KL is finite."""
+    eye, banned = torch.eye(3, dtype=torch.float64), torch.tensor([0.0, -math.inf, 0.0], dtype=torch.float64)
+    sure = torch.tensor([[20.0, 0.0, 0.0]], dtype=torch.float64)
+    student, teacher = LMHead(eye, banned), LMHead(eye)
+    gated = Divergence("entropy_gated", entropy_threshold=1.0)
+    arguments = student, teacher, torch.zeros(1, 3, dtype=torch.float64), sure, torch.tensor([True])
+    closed = head_divergence(*arguments, divergence=gated)
+    assert closed.metrics["gate"] == 0
+    assert float(closed.loss) == pytest.approx(float(head_divergence(*arguments).loss))
+    with pytest.raises(ZeroProbabilityError, match="position 0: the student gives token 1 probability zero"):
+        head_divergence(*arguments, divergence=Divergence("entropy_gated", entropy_threshold=0.0))
 
 
 def test_banned_tokens_have_no_probability(tiles) -> None:
@@ -541,7 +558,10 @@ def test_no_tokens_give_zeros() -> None:
     head = LMHead(draw(V, H))
     assert head_logprobs(head, draw(N, H)[:0], none).shape == (0,)
     assert [x.shape for x in head_topk(head, draw(N, H)[:0], 3)] == [(0, 3), (0, 3)]
-    assert divergence_columns(head, head, draw(N, H)[:0], draw(N, H)[:0]).shape == (0, 3)
+    assert divergence_columns(head, head, draw(N, H)[:0], draw(N, H)[:0], torch.ones(0, dtype=torch.bool)).shape == (
+        0,
+        3,
+    )
     nobody = torch.zeros(N, dtype=torch.bool)
     output = head_divergence(head, head, draw(N, H), draw(N, H), nobody, divergence=DIVERGENCES[-1])
     assert output.loss.item() == 0

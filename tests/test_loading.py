@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tiny import tiny_model
+from tiny import prompt_of, tiny_model
 from understudy import ConfigError
 from understudy.backends.loading import (
     LanguageModel,
@@ -20,11 +20,11 @@ from understudy.backends.loading import (
     meta_shape,
     pick_device,
 )
-from understudy.backends.local import LocalTrainer
+from understudy.backends.local import LocalSampler, LocalTrainer
 from understudy.batching import micro_batches
-from understudy.config import LoraConfig, OptimConfig, StudentConfig
+from understudy.config import LoraConfig, OptimConfig, SamplingConfig, StudentConfig
 from understudy.objectives import CrossEntropy
-from understudy.types import TrainingExample
+from understudy.types import TokenSequence, TrainingExample
 from user import save_model, word_tokenizer
 
 # peft asks transformers the old way
@@ -99,6 +99,28 @@ def test_an_adapted_head_trains_and_is_saved(tmp_path: Path, recompute: bool) ->
     assert (tmp_path / "adapters" / "adapter_model.safetensors").stat().st_size < 20_000  # no copy of the whole head
     merged = load_model(str(tmp_path / "adapters"), role="student", dtype=torch.float32, device=torch.device("cpu"))
     torch.testing.assert_close(merged(input_ids=ids).logits[0], logits.detach())
+
+
+@peft_warns
+def test_an_adapted_head_in_bfloat16(tmp_path: Path) -> None:
+    """The adapters are float32: a contribution below bfloat16's grid counts, in losses and in decoding."""
+    tiny_model("llama", seed=5, dtype=torch.float32).save_pretrained(tmp_path / "base")
+    lora = LoraConfig(rank=2, target_modules=("lm_head",))
+    model = load_student(StudentConfig(model=str(tmp_path / "base"), device="cpu", dtype="bfloat16", lora=lora))
+    trainer = LocalTrainer(model, OptimConfig())
+    sequences = [TokenSequence([1, 2, 3], [4, 5])]
+    [before] = trainer.compute_logprobs(sequences)
+    for _ in range(2):
+        [batch] = micro_batches([TrainingExample([1, 2, 3], [4, 5], [True, True])], micro_batch_tokens=99)
+        trainer.forward_backward(batch, CrossEntropy())
+        trainer.optimizer_step(learning_rate=1e-3, divisor=2)
+    [after] = trainer.compute_logprobs(sequences)
+    assert 0 < sum(after) - sum(before) < 0.1
+    [[rollout]] = LocalSampler(model, stop_ids=frozenset({0})).sample(
+        [prompt_of([1, 2, 3])], SamplingConfig(group_size=1, max_completion_tokens=3), seed=0
+    )
+    [again] = trainer.compute_logprobs([TokenSequence([1, 2, 3], rollout.completion_ids)])
+    assert rollout.sampler_logprobs == pytest.approx(again, abs=0.05)
 
 
 def test_adapters_that_fit_no_layer(folder: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from understudy import head_kernels
 from understudy.divergences import KINDS, Divergence, DivergenceKind
-from understudy.errors import ZeroProbabilityError
+from understudy.errors import RunError, ZeroProbabilityError
 from understudy.lm_head import LMHead
 from understudy.losses import (
     Tail,
@@ -338,3 +338,24 @@ def test_a_mixture_keeps_both_kls_apart() -> None:
     assert float(output.loss) == pytest.approx(sum(float(part.loss) for part in parts))
     assert output.metrics == {**parts[0].metrics, **parts[1].metrics}
     assert output.metrics["reverse_kl_full"] != output.metrics["reference_kl_full"]
+
+
+def test_errors_name_the_position_in_the_batch_not_in_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_kernels, "BLOCK_BYTES", 2 * 8)  # a position at a time
+    logprobs = torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.5, 0.5]], dtype=torch.float64).log()
+    given = batch(topk_ids=torch.tensor([[0, 1]] * 3), topk_logprobs=logprobs)
+    with pytest.raises(ZeroProbabilityError, match="position 1: the teacher gives entry 1"):
+        TopkDivergence(2)(given, HIDDEN, HEAD)
+
+
+def test_a_baseline_names_the_position_of_a_teachers_zero() -> None:
+    banned = LMHead(HEAD.weight, bias=torch.tensor([0.0, -math.inf], dtype=torch.float64))
+    objective = PolicyGradient(baseline_heads={"default": banned})
+    with pytest.raises(ZeroProbabilityError, match="position 0: the teacher gives token 1 probability zero"):
+        objective(batch(), HIDDEN, HEAD)
+
+
+def test_alternatives_beyond_the_vocabulary() -> None:
+    given = batch(topk_ids=torch.tensor([[0, 2]] * 3), topk_logprobs=torch.full((3, 2), -1.0, dtype=torch.float64))
+    with pytest.raises(RunError, match="token id 2; expected ids below 2"):
+        TopkDivergence(2)(given, HIDDEN, HEAD)

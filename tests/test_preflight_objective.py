@@ -300,7 +300,6 @@ def test_topk_may_be_the_vocabulary_and_no_more(models: Path) -> None:
     one_more = {"estimator": "topk", "topk": len(WORDS) + 1}
     with pytest.raises(ConfigError, match=rf"objective.topk\n.*{len(WORDS) + 1}\n.*at most {len(WORDS)}[\s\S]*full"):
         check_run(configured(models, one_more), "distill")
-    check_run(configured(models, {"topk": 10**6}), "distill")  # a setting of another estimator
 
 
 def test_fixed_negative_needs_no_teacher(models: Path) -> None:
@@ -309,3 +308,47 @@ def test_fixed_negative_needs_no_teacher(models: Path) -> None:
     without = configured(models, {}).model_copy(update={"teacher": None})
     with pytest.raises(ConfigError, match=r"no \[teacher\]"):
         check_run(without, "distill")
+
+
+# What is set, without what it belongs to.
+IDLE: list[tuple[dict[str, Any], str]] = [
+    ({"topk": 8}, 'estimator = "topk"'),
+    ({"topk_set": "union"}, 'estimator = "topk"'),
+    ({"tail": "renormalize", "estimator": "full"}, 'estimator = "topk"'),
+    ({"beta": 0.9}, 'divergence = "jsd"'),
+    ({"skew": 0.3, "divergence": "jsd"}, 'divergence = "skewed_kl" or "skewed_reverse_kl"'),
+    ({"entropy_threshold": 2.0}, 'divergence = "entropy_gated"'),
+    ({"clip_low": 0.1}, 'loss = "ppo" or "cispo"'),
+    ({"clip_high": 0.3, "max_importance_ratio": 2.0}, 'loss = "ppo" or "cispo"'),
+    ({"control_threshold": 0.2, "control": "shuffled_teacher"}, 'control = "fixed_negative"'),
+    ({"normalize_rewards": True}, "reward_coef above 0"),
+]
+
+
+@pytest.mark.parametrize(("objective", "belongs_to"), IDLE, ids=lambda value: str(value))
+def test_settings_without_effect(objective: dict[str, Any], belongs_to: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check(objective)
+    assert error.value.where == f"objective.{next(iter(objective))}"
+    assert f"without {belongs_to}" in str(error.value)
+    assert f"set objective.{belongs_to}, or drop {next(iter(objective))}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"tokens": {"span": [0.0, 0.5]}}, {"tokens": {"mask_special": True}}, {"reduction": "sequence_mean"}],
+    ids=str,
+)
+def test_a_baseline_and_weights_that_depend_on_the_token(other: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"objective.baseline[\s\S]*would change the expected gradient"):
+        check({"baseline": True, **other})
+    check({"baseline": True, "tokens": {"first": 5, "half_life": 3.0}, "discount": 0.5})
+
+
+def test_full_divergences_go_with_any_policy_loss_on_rewards() -> None:
+    check({"estimator": "full", "divergence": "jsd", "loss": "ppo", "reward_coef": 1.0}, **REWARD)
+
+
+def test_rl_has_no_use_for_extrapolation() -> None:
+    with pytest.raises(ConfigError, match=r"reference[\s\S]*set objective.anchor_coef, or drop"):
+        check({"extrapolation": 1.5}, "rl", teacher=None, **REWARD, **REFERENCE)

@@ -23,6 +23,7 @@ def record(**changes: object) -> dict:
         text="t5 t6",
         trainer_logprobs=[-0.3333334, -0.5],
         advantages=[0.1, -1.5],
+        loss_mask=[True, False],
         alternatives=scores,
     )
     return made | changes
@@ -40,7 +41,7 @@ def test_a_record_holds_every_number() -> None:
     }
     assert (made["prompt_ids"], made["teacher_prompt_ids"], made["completion_ids"]) == ([1, 2], [3], [5, 6])
     assert (made["finish_reason"], made["reward"], made["answer"], made["sample_index"]) == ("length", 1.0, "72", 1)
-    assert made["loss_mask"] == [True, True]
+    assert made["loss_mask"] == [True, False]
 
 
 def test_written_and_read(tmp_path: Path) -> None:

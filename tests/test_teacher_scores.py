@@ -7,7 +7,7 @@ import pytest
 from tiny import prompt_of, rollout_of
 from understudy.errors import RunError
 from understudy.teacher_scores import score_reference, score_rollouts, teacher_view
-from understudy.types import SampledScores, ScoreKind, TokenSequence
+from understudy.types import SampledScores, ScoreKind, TokenSequence, TopkScores
 
 
 class Marks:
@@ -87,3 +87,43 @@ def test_bad_marks_of_the_reference_name_it(answer: list[float], message: str) -
 def test_a_missing_mark_of_the_reference_is_an_error() -> None:
     with pytest.raises(ValueError, match="zip"):
         score_reference(Marks([-1.0, -1.0]), [rollout(4), rollout(5)], "sampled")
+
+
+class Alternatives(Marks):
+    """Two tokens' marks with fixed alternatives."""
+
+    kinds: frozenset[ScoreKind] = frozenset({"sampled", "topk"})
+
+    def __init__(self, ids: list[list[int]], logprobs: list[list[float]]) -> None:
+        super().__init__([-1.0, -1.0])
+        self.ids, self.logprobs = ids, logprobs
+
+    def score(self, sequences: Sequence[TokenSequence], kind: ScoreKind, *, topk: int = 0) -> list[TopkScores]:
+        return [TopkScores([-1.0, -1.0], self.ids, self.logprobs) for _ in sequences]
+
+
+@pytest.mark.parametrize(
+    ("ids", "logprobs", "message"),
+    [
+        ([[1, 2]], [[-1.0, -2.0]], "got alternatives for 1 positions .*expected 2"),
+        ([[1, 2], [1, 2]], [[-1.0, -2.0]], r"got alternatives for 2 positions \(1 with"),
+        ([[1, 2], [1]], [[-1.0, -2.0], [-1.0]], "completion position 1 has 1 alternatives"),
+        ([[1, 2, 3]] * 2, [[-2.0] * 3] * 2, "completion position 0 has 3 alternatives and 3 .*of the 2"),
+        ([[1, 2], [1, 1]], [[-1.0, -2.0]] * 2, r"position 1 has alternatives \[1, 1\]; expected different"),
+        ([[1, -2], [1, 2]], [[-1.0, -2.0]] * 2, r"position 0 has alternatives \[1, -2\]"),
+        ([[1, 2]] * 2, [[-1.0, -2.0], [-0.1, -0.2]], "position 1 has alternatives of probability 1.724 in all"),
+        ([[1, 2]] * 2, [[-1.0, -2.0], [-0.1, float("nan")]], "position 1 has alternatives of probability nan"),
+    ],
+)
+def test_bad_alternatives_name_rollout_and_position(
+    ids: list[list[int]], logprobs: list[list[float]], message: str
+) -> None:
+    with pytest.raises(RunError, match=f"teacher 'default', prompt 4.*{message}"):
+        score_rollouts({"default": Alternatives(ids, logprobs)}, [rollout(4)], "topk", topk=2)
+
+
+def test_good_alternatives_pass() -> None:
+    teacher = Alternatives([[1, 2]] * 2, [[-0.5, -5.0]] * 2)
+    [score] = score_rollouts({"default": teacher}, [rollout(4)], "topk", topk=2)
+    assert isinstance(score, TopkScores)
+    assert score.ids == [[1, 2]] * 2

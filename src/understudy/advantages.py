@@ -214,7 +214,7 @@ def _example(scored: ScoredRollout, reward: Tensor, swapped: Tensor | None, rule
         completion_ids=rollout.completion_ids,
         loss_mask=mask,
         sampler_logprobs=rollout.sampler_logprobs if has_policy else None,
-        advantages=_advantages(scored, reward, swapped, torch.tensor(mask), rules).tolist() if has_policy else None,
+        advantages=_advantages(scored, reward, swapped, torch.tensor(mask), rules) if has_policy else None,
         teacher_hidden=scores.teacher_hidden if isinstance(scores, HiddenScores) else None,
         teacher=rollout.prompt.teacher,
         reference_hidden=scored.reference.teacher_hidden if isinstance(scored.reference, HiddenScores) else None,
@@ -226,21 +226,29 @@ def _example(scored: ScoredRollout, reward: Tensor, swapped: Tensor | None, rule
 
 def _advantages(
     scored: ScoredRollout, reward: Tensor, swapped: Tensor | None, loss_mask: Tensor, rules: CreditRules
-) -> Tensor:
+) -> list[float]:
+    credit = rules.reward_coef * reward + _teacher_credit(scored, swapped, loss_mask, rules)
+    return credit.masked_fill(~loss_mask, 0.0).tolist()
+
+
+def _teacher_credit(scored: ScoredRollout, swapped: Tensor | None, loss_mask: Tensor, rules: CreditRules) -> Tensor:
     own = _tensor(scored.rollout.sampler_logprobs)
-    credit = (rules.reward_coef * reward).expand_as(own)
     if rules.estimator != "sampled":
-        return credit
+        return torch.zeros_like(own)
     if rules.control == "fixed_negative":
-        return credit + fixed_negative_advantages(own, kl_coef=rules.kl_coef, threshold=rules.control_threshold)
+        return fixed_negative_advantages(own, kl_coef=rules.kl_coef, threshold=rules.control_threshold)
     if swapped is not None:
-        return credit - rules.kl_coef * swapped
-    options: dict[str, Any] = {"discount": rules.discount, "loss_mask": loss_mask}
+        return -rules.kl_coef * swapped
     reference = None if scored.reference is None else _tensor(scored.reference.teacher_logprobs)
-    options |= {"reference_logprobs": reference, "anchor_coef": rules.anchor_coef}
+    options: dict[str, Any] = {
+        "discount": rules.discount,
+        "loss_mask": loss_mask,
+        "reference_logprobs": reference,
+        "anchor_coef": rules.anchor_coef,
+    }
     if scored.scores is None:  # rewards alone, perhaps with an anchor: the student's own marks are no signal
-        return credit + distillation_advantages(own, own, **options)
-    return credit + distillation_advantages(
+        return distillation_advantages(own, own, **options)
+    return distillation_advantages(
         own,
         _tensor(scored.scores.teacher_logprobs),
         kl_coef=rules.kl_coef,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +109,8 @@ def assemble(config: RunConfig, checked: Checked, costs: CostLedger, *, checkpoi
     trainer = given.trainer or LocalTrainer(_present(student), config.optim, temperature=temperature)
     teachers, config = _teachers(config, checked, student, sampler, given)
     reference, config = _reference(config, checked, student, sampler)
-    asked = config.objective.estimator
-    config = resolve_estimator(config, teachers)
-    if asked == "auto" and teachers:
-        log.info("objective.estimator: auto -> %s", config.objective.estimator)
-    config = _resolve_rest(config, checked, student)
+    effective = resolve_estimator(config, teachers)
+    config = _resolve_rest(_with_estimator(config, effective.objective.estimator, bool(teachers)), checked, student)
     return Parts(
         config=config,
         sampler=MeteredSampler(sampler, costs, "student_sampling", sizes[0]),
@@ -123,8 +120,8 @@ def assemble(config: RunConfig, checked: Checked, costs: CostLedger, *, checkpoi
         page_reference=reference,
         trainer=MeteredTrainer(trainer, costs, sizes),
         evaluator=MeteredSampler(sampler, costs, "evaluation", sizes[0]),
-        objective=build_objective(config, teachers, reference),
-        needs=score_needs(config.objective),
+        objective=build_objective(effective, teachers, reference),
+        needs=score_needs(effective.objective),
         grader=given.grader or checked.grader,
         prompts=checked.prompts,
         tasks=checked.tasks,
@@ -135,8 +132,17 @@ def assemble(config: RunConfig, checked: Checked, costs: CostLedger, *, checkpoi
             "device": student.device if student else "cpu",
             "dtype": torch.float64 if student and student.dtype == torch.float64 else torch.float32,
         },
-        credit=credit_rules(config, special_ids=checked.special_ids),
+        credit=credit_rules(effective, special_ids=checked.special_ids),
     )
+
+
+def _with_estimator(config: RunConfig, estimator: str, taught: bool) -> RunConfig:
+    """ "auto" replaced by what it became. What else was asked for stays, though it may not apply without a teacher."""
+    if config.objective.estimator != "auto":
+        return config
+    if taught:
+        log.info("objective.estimator: auto -> %s", estimator)
+    return config.model_copy(update={"objective": config.objective.model_copy(update={"estimator": estimator})})
 
 
 def _student(config: RunConfig, checked: Checked, checkpoint: Path | None, given: Given) -> LanguageModel | None:
@@ -289,9 +295,10 @@ def _reference(
     """The reference model, if there is one, and the configuration with its dtype resolved."""
     if config.reference is None or not checked.prompts:  # `sft` has no use for it
         return None, config
-    reference, dtype = _load_teacher(
-        config.reference, config, checked, student, sampler, checked.prompts, role="reference"
-    )
+    prompts = [
+        replace(prompt, teacher_prompt_ids=None) for prompt in checked.prompts
+    ]  # it reads what the student reads
+    reference, dtype = _load_teacher(config.reference, config, checked, student, sampler, prompts, role="reference")
     log.info("reference %s: %s on %s", config.reference.model, dtype, reference.model.device)
     return reference, config.model_copy(update={"reference": config.reference.model_copy(update={"dtype": dtype})})
 

@@ -47,8 +47,8 @@ class ObjectiveConfig(Section):
     tail: Literal["bucket", "renormalize", "stop_gradient"] = "bucket"
     """The mass outside the top k: one more class; divided out; or left out, with the log-ratio a constant."""
     baseline: bool = False
-    """Subtract the exact KL(p || q) of each position from the sampled reverse_kl: same expectation, less variance.
-    Needs teachers in this process. `sampled` only."""
+    """Subtract the exact KL(p || q) of each position from the sampled reverse_kl: same expectation, and less variance
+    with a vocabulary of some size. Needs teachers in this process. `sampled` only."""
     kl_coef: float = Field(default=1.0, ge=0)
     """Weight of the teacher's signal."""
     discount: float = Field(default=0.0, ge=0, le=1)
@@ -80,8 +80,8 @@ class ObjectiveConfig(Section):
     importance_band: tuple[float, float] | None = None
     """[low, high]: tokens with an importance ratio outside are left out. `importance_sampling` only."""
     reduction: Literal["token_mean", "sum", "sequence_mean"] = "token_mean"
-    """token_mean: every trained token of the step weighs the same. sum: no division (Tinker's; the learning rate then
-    depends on the batch). sequence_mean: every completion weighs the same."""
+    """token_mean: every trained token of the step weighs the same. sum: no division (Tinker's; gradients grow with the
+    batch: mind optim.grad_clip). sequence_mean: every completion weighs the same."""
     tokens: TokensConfig = TokensConfig()
 
     @property

@@ -59,7 +59,7 @@ class LMHead:
         """[N, H] -> [N, V] in float32 (float64 stays)."""
         weight = self.weight[: self.vocab_size]
         bias = None if self.bias is None else self.bias[: self.vocab_size]
-        logits = torch.nn.functional.linear(hidden, weight, bias)
+        logits = torch.nn.functional.linear(hidden.to(torch.promote_types(hidden.dtype, weight.dtype)), weight, bias)
         logits = (logits if logits.dtype == torch.float64 else logits.float()) * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
@@ -170,17 +170,7 @@ def head_divergence(
         columns = divergence_kernel(inputs, sums)
         loss = (inputs.weights * columns[:, 0]).sum()
 
-    def logprobs(n: int) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            log_q = teacher_head.logprobs(
-                teacher_hidden[n : n + 1].to(teacher_head.weight.device, teacher_head.weight.dtype),
-                temperature=temperature,
-            )
-            own = student_hidden[n : n + 1].to(student_head.weight.dtype)
-            return student_head.logprobs(own, temperature=temperature)[0], log_q[0].to(own.device)
-
-    values = columns.new_zeros(loss_mask.shape).index_put((rows,), columns[:, 0])
-    check_finite(values, loss_mask, logprobs, divergence)
+    _spread(columns, rows, loss_mask, heads, (student_hidden, teacher_hidden), divergence, temperature)
     metrics = divergence_metrics(divergence, columns, torch.ones_like(rows, dtype=torch.bool))
     return LossOutput(_with_gradient(loss, sums, student_head, student_hidden), metrics)
 
@@ -190,17 +180,43 @@ def divergence_columns(
     teacher_head: LMHead,
     student_hidden: Tensor,
     teacher_hidden: Tensor,
+    loss_mask: Tensor,
     *,
     divergence: Divergence = REVERSE_KL,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Per position [N, 3], or [N, 4] for ``entropy_gated``: divergence, student's entropy, teacher's, gate. No
-    gradient; infinite divergences come out as such."""
-    rows = torch.arange(len(student_hidden), device=student_hidden.device)
+    """Per position [N, 3], or [N, 4] for ``entropy_gated``: divergence, student's entropy, teacher's, gate; zeros
+    outside the mask. No gradient. Raises as ``head_divergence``."""
+    rows = loss_mask.nonzero()[:, 0]
     heads = student_head, teacher_head
     with detached(student_hidden.device, teacher_head.weight.device):
         inputs, sums = _divergence_inputs(heads, student_hidden, teacher_hidden, rows, None, divergence, temperature)
-        return divergence_kernel(inputs, sums)
+        columns = divergence_kernel(inputs, sums)
+    return _spread(columns, rows, loss_mask, heads, (student_hidden, teacher_hidden), divergence, temperature)
+
+
+def _spread(
+    columns: Tensor,
+    rows: Tensor,
+    loss_mask: Tensor,
+    heads: tuple[LMHead, LMHead],
+    hidden: tuple[Tensor, Tensor],
+    divergence: Divergence,
+    temperature: float,
+) -> Tensor:
+    """Columns of the positions ``rows`` -> of all positions, zero elsewhere, once they are known to be finite."""
+
+    @torch.no_grad()
+    def logprobs(n: int) -> tuple[Tensor, Tensor]:
+        student, teacher = (
+            head.logprobs(own[n : n + 1].to(head.weight.device, head.weight.dtype), temperature=temperature)[0]
+            for head, own in zip(heads, hidden, strict=True)
+        )
+        return student, teacher.to(student.device)
+
+    spread = columns.new_zeros(len(loss_mask), columns.shape[1]).index_put((rows,), columns)
+    check_finite(spread[:, 0], loss_mask, logprobs, divergence)
+    return spread
 
 
 def divergence_from_hidden(
@@ -269,10 +285,10 @@ def _cast(
     given, kind = head.weight.dtype, head.weight.device.type
     # As autocast does it: float64 is left alone.
     autocast = torch.is_autocast_enabled(kind) and torch.float64 not in (given, hidden.dtype)
-    if not autocast and hidden.dtype != given:
+    if not autocast and torch.promote_types(hidden.dtype, given) != given:
         raise ValueError(
-            f"got hidden states in {hidden.dtype} and an LM head in {given}; expected one dtype. Cast one of them, or "
-            "run under torch.autocast"
+            f"got hidden states in {hidden.dtype} and an LM head in {given}; expected a head that is at least as wide. "
+            "Cast one of them, or run under torch.autocast"
         )
     dtype = torch.get_autocast_dtype(kind) if autocast else given
 

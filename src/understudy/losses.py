@@ -192,15 +192,18 @@ def check_finite(
     loss_mask: Tensor,
     rows: Callable[[int], tuple[Tensor, Tensor]],
     divergence: Divergence | None = None,
+    *,
+    first_position: int = 0,
 ) -> None:
     """Raise ZeroProbabilityError for the first position [N] that trains and has no finite divergence. ``rows``: n ->
     the position's (student's, teacher's) log-probabilities [V]. ``divergence`` says whose zeros are to blame, where
-    both have some; the teacher's without it."""
+    both have some; the teacher's without it. ``first_position`` is what the first row is called."""
     bad = loss_mask & ~torch.isfinite(values)
     if not bad.any():
         return
-    position = int(bad.nonzero()[0])
-    log_p, log_q = rows(position)
+    row = int(bad.nonzero()[0])
+    log_p, log_q = rows(row)
+    where = f"position {first_position + row}"
     culprits = [("teacher", log_q, "student", log_p), ("student", log_p, "teacher", log_q)]
     if divergence is not None and divergence.parts == (forward_kl_terms,):
         culprits.reverse()  # it is finite where the teacher alone has zeros
@@ -209,12 +212,12 @@ def check_finite(
         if without.any():
             token = int(other.masked_fill(~without, -math.inf).argmax())
             raise ZeroProbabilityError(
-                f"position {position}: the {name} gives token {token} probability zero, where the {giver} gives "
+                f"{where}: the {name} gives token {token} probability zero, where the {giver} gives "
                 f"{float(other[token].exp()):.3g}; expected probabilities above zero for this divergence. Use another "
                 f"{name}, a shared vocabulary, or a bounded divergence (jsd, skewed_reverse_kl)"
             )
     raise ZeroProbabilityError(
-        f"position {position}: the divergence is {float(values[position])}; expected a finite number. Logits are not "
+        f"{where}: the divergence is {float(values[row])}; expected a finite number. Logits are not "
         "finite there: the weights of student or teacher have overflowed"
     )
 
@@ -227,6 +230,7 @@ def topk_divergence(
     tail: Tail = "bucket",
     weights: Tensor | None = None,
     reduction: Reduction = "sum",
+    first_position: int = 0,
 ) -> LossOutput:
     """Reverse KL from K of the vocabulary's entries S per position: [N, K] log-probabilities of the same tokens, [N].
 
@@ -238,6 +242,7 @@ def topk_divergence(
             ``"bucket"``: it is one more class, a KL of K + 1 classes and a lower bound on the whole (data processing);
             ``"renormalize"``: both are divided by their mass in S; the student's mass outside is not looked at;
             ``"stop_gradient"``: ``sum_S p constant(log p - log q)``.
+        first_position: what errors call the first row, where the rows are a block of more.
 
     None has the gradient of the whole KL; each is stationary at p = q, which ``sum_S p (log p - log q)`` with plain
     back-propagation is not. Metrics (sums): ``topk``, ``topk_student_mass``, ``topk_teacher_mass``.
@@ -267,10 +272,10 @@ def topk_divergence(
         p = log_p.exp()
         lost = torch.isneginf(log_q) & (p > 0)
         if lost.any():
-            position, place = lost.nonzero()[0].tolist()
+            row, place = lost.nonzero()[0].tolist()
             raise ZeroProbabilityError(
-                f"position {position}: the teacher gives entry {place} of the top-k set probability zero, where the "
-                f"student gives {float(p[position, place]):.3g}; expected one above zero"
+                f"position {first_position + row}: the teacher gives entry {place} of the top-k set probability zero, "
+                f"where the student gives {float(p[row, place]):.3g}; expected one above zero"
             )
         gap = torch.where(p == 0, 0.0, log_p - log_q)
         values = (p * gap).sum(-1)
@@ -286,7 +291,7 @@ def topk_divergence(
             slope = p * (gap - values[:, None])
         else:
             slope = p * gap
-        check_finite(values, loss_mask, lambda n: (log_p[n], log_q[n]))
+        check_finite(values, loss_mask, lambda n: (log_p[n], log_q[n]), first_position=first_position)
     loss = _reduce(carry_gradient(values, student_topk_logprobs, slope), loss_mask, weights, reduction)
     sums = torch.stack([values, masses[0][:, 0], masses[1][:, 0]]).sum(-1)
     names = ("topk", "topk_student_mass", "topk_teacher_mass")

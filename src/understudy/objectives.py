@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from understudy.divergences import REVERSE_KL, Divergence
+from understudy.errors import RunError
 from understudy.lm_head import (
     LMHead,
     divergence_columns,
@@ -83,10 +84,10 @@ class PolicyGradient:
             heads[batch.teacher],
             hidden.detach(),
             _needed(batch.teacher_hidden, "the baseline"),
-            divergence=REVERSE_KL,
+            batch.loss_mask,
             temperature=self.temperature,
         )
-        return torch.where(batch.loss_mask, columns[:, 0], 0.0)
+        return columns[:, 0]
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,11 @@ class TopkDivergence:
             if batch.topk_ids is None or batch.topk_logprobs is None:
                 raise ValueError("the top-k divergence needs the teacher's top-k scores; got a batch without them")
             ids, teacher_logprobs = batch.topk_ids, batch.topk_logprobs
+            if ids.numel() and int(ids.max()) >= head.vocab_size:
+                raise RunError(
+                    f"got a top-k set of teacher {batch.teacher!r} with token id {int(ids.max())}; expected ids below "
+                    f"{head.vocab_size}, the vocabulary that student and teacher share"
+                )
             twice = torch.zeros_like(ids, dtype=torch.bool)
         else:
             ids, teacher_logprobs, twice = self._looked_up(batch, hidden.detach(), head)
@@ -149,7 +155,14 @@ class TopkDivergence:
 
         def loss(logprobs: Tensor, rows: slice) -> LossOutput:
             own, mask = logprobs.masked_fill(twice[rows], -math.inf), batch.loss_mask[rows]
-            return topk_divergence(own, teacher_logprobs[rows], mask, tail=self.tail, weights=_part(weights, rows))
+            return topk_divergence(
+                own,
+                teacher_logprobs[rows],
+                mask,
+                tail=self.tail,
+                weights=_part(weights, rows),
+                first_position=rows.start or 0,
+            )
 
         output = _through_logprobs(loss, head, hidden, ids, self.temperature)
         return LossOutput(output.loss, {**output.metrics, **metrics})

@@ -57,7 +57,8 @@ def check_run(config: RunConfig, method: Method, *, grader: Grader | None = None
     stop_ids = resolve_stop_ids(student, teachers, config.sampling.stop_token_ids)
     prompts: Sequence[Prompt] = []
     if config.prompts and method in ("distill", "rl", "generate"):
-        length = config.sampling.max_completion_tokens
+        sampling = config.sampling if method == "generate" else config.training_sampling
+        length = sampling.max_completion_tokens
         prompts = load_prompts(config.prompts, student, teachers, max_completion_tokens=length)
     if reference is not None:
         _check_reference(reference, student, prompts, config)

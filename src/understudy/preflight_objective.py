@@ -15,6 +15,8 @@ def check_objective(config: RunConfig, method: str, rewarded: bool) -> None:
     _check_rewards(config, method, rewarded)
     if method == "distill":
         _check_estimator(config.objective)
+        _check_baseline(config.objective)
+        _check_effect(config)
     _check_reference(config, method)
     _check_control(config, method)
     _check_policy_loss(config)
@@ -72,7 +74,8 @@ def _check_estimator(objective: ObjectiveConfig) -> None:
                 "a signal on the written tokens alone",
                 f'use estimator = "sampled", or drop {key}',
             )
-    if objective.divergence != "reverse_kl" and (estimator in ("sampled", "topk") or objective.asks_for_sampled):
+    settled = estimator in ("sampled", "topk") or (estimator == "auto" and objective.asks_for_sampled)
+    if objective.divergence != "reverse_kl" and settled:
         _refuse(
             "objective.divergence",
             f'"{objective.divergence}" with {_what_rules_out_full(objective)}',
@@ -87,6 +90,48 @@ def _what_rules_out_full(objective: ObjectiveConfig) -> str:
     if objective.estimator in ("sampled", "topk"):
         return f'estimator = "{objective.estimator}"'
     return "a setting of the sampled estimator (discount, signal_clip, baseline, control or the policy loss)"
+
+
+def _check_effect(config: RunConfig) -> None:
+    """Keys that act under one setting only, and are set without it."""
+    objective = config.objective
+    acts = {
+        "topk": (objective.estimator == "topk", 'estimator = "topk"'),
+        "topk_set": (objective.estimator == "topk", 'estimator = "topk"'),
+        "tail": (objective.estimator == "topk", 'estimator = "topk"'),
+        "beta": (objective.divergence == "jsd", 'divergence = "jsd"'),
+        "skew": (objective.divergence.startswith("skewed"), 'divergence = "skewed_kl" or "skewed_reverse_kl"'),
+        "entropy_threshold": (objective.divergence == "entropy_gated", 'divergence = "entropy_gated"'),
+        "clip_low": (objective.loss in ("ppo", "cispo"), 'loss = "ppo" or "cispo"'),
+        "clip_high": (objective.loss in ("ppo", "cispo"), 'loss = "ppo" or "cispo"'),
+        "control_threshold": (objective.control == "fixed_negative", 'control = "fixed_negative"'),
+        "normalize_rewards": (config.reward_coef > 0, "reward_coef above 0"),
+    }
+    for key, (does_act, where) in acts.items():
+        # By value: a stored configuration holds every key.
+        if not does_act and getattr(objective, key) != ObjectiveConfig.model_fields[key].default:
+            _refuse(
+                f"objective.{key}",
+                f"{getattr(objective, key)} without {where}",
+                "settings that have an effect",
+                f"set objective.{where}, or drop {key}",
+            )
+
+
+def _check_baseline(objective: ObjectiveConfig) -> None:
+    """A baseline leaves the expectation alone if it and the token's weight are known before the token is written."""
+    unknown = {
+        "tokens.span": objective.tokens.span != (0.0, 1.0),
+        "tokens.mask_special": objective.tokens.mask_special,
+        'reduction = "sequence_mean"': objective.reduction == "sequence_mean",
+    }
+    for key in (key for key, is_set in unknown.items() if objective.baseline and is_set):
+        _refuse(
+            "objective.baseline",
+            f"true with {key}",
+            "weights that do not depend on the written token: the baseline would change the expected gradient",
+            "drop one of them",
+        )
 
 
 def _check_reference(config: RunConfig, method: str) -> None:

@@ -70,8 +70,8 @@ class Recorder:
         kept = list(scored[: config.per_step])
         sequences = [TokenSequence(s.rollout.prompt.prompt_ids, s.rollout.completion_ids) for s in kept]
         alternatives: Sequence[Any] = [None] * len(kept)
-        if self._can_offer_alternatives():
-            alternatives = score_rollouts(self._teachers, [s.rollout for s in kept], "topk", topk=config.topk)
+        if topk := self._alternatives():
+            alternatives = score_rollouts(self._teachers, [s.rollout for s in kept], "topk", topk=topk)
         logprobs = self._trainer.compute_logprobs(sequences)
         columns = zip(kept, examples[: len(kept)], logprobs, alternatives, strict=True)
         self._folder.save_rollouts(
@@ -82,9 +82,12 @@ class Recorder:
             ],
         )
 
-    def _can_offer_alternatives(self) -> bool:
-        wanted = self._config.rollouts.topk > 0 and bool(self._teachers)
-        return wanted and all("topk" in teacher.kinds for teacher in self._teachers.values())
+    def _alternatives(self) -> int:
+        """How many every teacher can offer, of those wanted."""
+        if not self._teachers or not all("topk" in teacher.kinds for teacher in self._teachers.values()):
+            return 0
+        wanted = self._config.rollouts.topk
+        return min(wanted, *(getattr(teacher, "max_topk", None) or wanted for teacher in self._teachers.values()))
 
     def _record(
         self,
@@ -103,6 +106,7 @@ class Recorder:
             text=self._student.tokenizer.decode(list(scored.rollout.completion_ids), skip_special_tokens=True),
             trainer_logprobs=trainer_logprobs,
             advantages=example.advantages,
+            loss_mask=example.loss_mask,
             alternatives=alternatives if isinstance(alternatives, TopkScores) else None,
         )
 

@@ -25,6 +25,7 @@ def rollout_record(
     text: str,
     trainer_logprobs: Sequence[float] | None,
     advantages: Sequence[float] | None,
+    loss_mask: Sequence[bool],
     alternatives: TopkScores | None,
 ) -> dict[str, Any]:
     """One line of the file. ``tokens`` turns ids into the text of each."""
@@ -56,7 +57,7 @@ def rollout_record(
         "trainer_logprobs": None if trainer_logprobs is None else _short(trainer_logprobs),
         "teacher_logprobs": None if scored.scores is None else _short(scored.scores.teacher_logprobs),
         "advantages": None if advantages is None else _short(advantages),
-        "loss_mask": [True] * len(rollout.completion_ids),
+        "loss_mask": list(loss_mask),
         "teacher_topk": topk,
         "metadata": dict(prompt.metadata),
     }

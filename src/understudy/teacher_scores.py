@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from understudy.backends.protocols import Teacher
 from understudy.errors import RunError
-from understudy.types import Rollout, ScoreKind, Scores, TokenSequence
+from understudy.types import Rollout, ScoreKind, Scores, TokenSequence, TopkScores
 
 
 def teacher_view(rollout: Rollout) -> TokenSequence:
@@ -31,6 +31,8 @@ def score_rollouts(
         answers = teachers[name].score([teacher_view(rollouts[i]) for i in own], kind, topk=topk)
         for i, score in zip(own, answers, strict=True):
             _check(score, rollouts[i], f"teacher {name!r}")
+            if isinstance(score, TopkScores):
+                _check_topk(score, rollouts[i], f"teacher {name!r}", topk)
             scores[i] = score
     return [score for score in scores if score is not None]
 
@@ -54,4 +56,26 @@ def _check(score: Scores, rollout: Rollout, who: str) -> None:
             raise RunError(
                 f"{where}: token {rollout.completion_ids[position]} at completion position {position} has "
                 f"log-probability {value}; expected a finite value <= 0"
+            )
+
+
+def _check_topk(score: TopkScores, rollout: Rollout, who: str, topk: int) -> None:
+    """Alternatives that are not distinct tokens of one distribution would be counted twice, or for too much."""
+    where = f"{who}, prompt {rollout.prompt.index}"
+    if not len(score.ids) == len(score.logprobs) == len(rollout.completion_ids):
+        raise RunError(
+            f"{where}: got alternatives for {len(score.ids)} positions ({len(score.logprobs)} with log-probabilities); "
+            f"expected {len(rollout.completion_ids)}, one per completion token"
+        )
+    for position, (ids, logprobs) in enumerate(zip(score.ids, score.logprobs, strict=True)):
+        place = f"{where}: completion position {position}"
+        if not len(ids) == len(logprobs) <= topk or len(ids) != len(score.ids[0]):
+            raise RunError(f"{place} has {len(ids)} alternatives and {len(logprobs)} log-probabilities of the {topk}")
+        if len(set(ids)) != len(ids) or min(ids) < 0:
+            raise RunError(f"{place} has alternatives {list(ids)}; expected different token ids")
+        mass = sum(map(math.exp, logprobs))
+        if not mass <= 1 + 1e-3:
+            raise RunError(
+                f"{place} has alternatives of probability {mass:.4g} in all; expected at most 1, from one distribution "
+                "over the whole vocabulary"
             )

@@ -202,6 +202,7 @@ def test_costs_by_hand() -> None:
     assert cost(estimator="sampled", baseline=True) == (4 + 2 * 5120, student + teacher)
     assert cost(estimator="topk", topk=20) == (4 + 32 * 8, teacher)
     assert cost(estimator="topk", topk_set="union") == (4 + 2 * 5120, student + 2 * teacher)
+    assert cost(control="fixed_negative") == (0, 0)
     assert cost(estimator="full", anchor_coef=0.1) == (4 + 2 * 5120, teacher + 4 * student + 2 * 8.2e9)
 
 

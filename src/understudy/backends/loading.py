@@ -66,7 +66,8 @@ class LanguageModel:
 
 
 def _whole_weight(output: Any) -> Tensor:
-    """The head's weight, with its adapters' contribution where it has adapters; gradients flow into both."""
+    """The head's weight, with its adapters' contribution where it has adapters; gradients flow into both. Adapters are
+    float32, and so is the sum: in bfloat16 a small contribution would round away."""
     if not hasattr(output, "lora_A") or output.merged or output.disable_adapters:
         return output.weight
     return output.weight + sum(output.get_delta_weight(name) for name in output.active_adapters)
@@ -246,14 +247,10 @@ def _with_adapters(base: Any, config: LoraConfig, weights: Path | None, seed: in
     if weights is not None:
         return peft.PeftModel.from_pretrained(base, str(weights), is_trainable=True)
     targets = config.target_modules
-    if (
-        targets != "all-linear"
-        and "lm_head" in targets
-        and base.get_output_embeddings().weight is (base.get_input_embeddings().weight)
-    ):
+    if targets != "all-linear" and _shared_head(base) in {target.rpartition(".")[2] for target in targets}:
         raise ConfigError(
             "student.lora.target_modules",
-            got="lm_head, which shares its weight with the embedding",
+            got=f"{_shared_head(base)}, which shares its weight with the embedding",
             expected="layers of their own: merged, such an adapter would change the embedding too",
             remedy='use "all-linear", which adapts everything else',
         )
@@ -277,6 +274,14 @@ def _with_adapters(base: Any, config: LoraConfig, weights: Path | None, seed: in
             expected=f'"all-linear", or some of {", ".join(layers)}',
             remedy="drop it, or name layers of this model",
         ) from None
+
+
+def _shared_head(model: Any) -> str | None:
+    """The last part of the LM head's name, where its weight is the embedding's."""
+    head = model.get_output_embeddings()
+    if head.weight is not model.get_input_embeddings().weight:
+        return None
+    return next(name.rpartition(".")[2] for name, module in model.named_modules() if module is head)
 
 
 def _peft() -> Any:

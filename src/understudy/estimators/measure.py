@@ -13,7 +13,7 @@ from torch import Tensor
 from understudy.advantages import training_examples
 from understudy.batching import micro_batches
 from understudy.config import PromptsConfig, RewardConfig, RunConfig, StudentConfig, TeacherConfig
-from understudy.estimators.tabular import EOS, Ids, World
+from understudy.estimators.tabular import EOS, SPECIAL, Ids, World
 from understudy.lm_head import LMHead, head_topk
 from understudy.signals import build_objective, credit_rules, resolve_estimator, score_needs
 from understudy.types import HiddenScores, Prompt, Rollout, SampledScores, ScoredRollout, ScoreKind, Scores, TopkScores
@@ -109,7 +109,7 @@ def outcomes(world: World, objective: Mapping[str, Any], *, sampler: Tensor | No
     it is not the student's."""
     teacher, reference = TabularTeacher(world, world.teacher), TabularTeacher(world, world.reference)
     config = resolve_estimator(run_config(objective), {"default": teacher})
-    rules, needs = credit_rules(config, special_ids=frozenset()), score_needs(config.objective)
+    rules, needs = credit_rules(config, special_ids=frozenset({SPECIAL})), score_needs(config.objective)
     table = world.student if sampler is None else sampler
     size = 2 if rules.reward_coef > 0 or rules.control == "shuffled_teacher" else 1
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.resources import files
-from itertools import chain
 from math import isinf
 from typing import Any
 
@@ -58,10 +57,12 @@ WEIGHTINGS: Sequence[_Objective] = (
     {"tokens": {"first": 2}},
     {"tokens": {"span": [0.0, 0.5]}},
     {"tokens": {"half_life": 2.0}},
+    {"tokens": {"mask_special": True}},
     {"reduction": "sequence_mean"},
     {"estimator": "sampled", "tokens": {"first": 2}},
     {"estimator": "sampled", "tokens": {"span": [0.0, 0.5]}},
     {"estimator": "sampled", "tokens": {"half_life": 2.0}},
+    {"estimator": "sampled", "tokens": {"mask_special": True}},
     {"estimator": "sampled", "reduction": "sequence_mean"},
 )
 LAGGING: Sequence[_Objective] = (
@@ -135,6 +136,8 @@ _PLAIN_FLOPS = 8 * _STUDENT[0] + 2 * _TEACHER[0]
 
 def bytes_per_token(objective: ObjectiveConfig, *, topk: int = 32) -> int:
     """What a served teacher has to send for a token: float32 log-probabilities, int32 ids, bfloat16 hidden states."""
+    if objective.control == "fixed_negative":
+        return 0
     kind = score_needs(objective).teacher
     return 4 + {"sampled": 0, "topk": topk * 8, "hidden": 2 * _TEACHER[1]}[kind]
 
@@ -162,10 +165,10 @@ def extra_flops(objective: ObjectiveConfig, *, rewarded: bool) -> float:
 
 def render() -> str:
     """The page, from nothing but the code: some ten seconds."""
-    signals = [(_toml(objective), find(_of(objective))) for objective in SIGNALS]
+    signals = [(objective, find(_of(objective))) for objective in SIGNALS]
     full = signals[0][1]
-    weightings = [(_toml(objective), find(_of(objective))) for objective in WEIGHTINGS]
-    lagging = [(_toml(objective), find(_of(objective, lagging=True), lagging_gradients)) for objective in LAGGING]
+    weightings = [(objective, find(_of(objective))) for objective in WEIGHTINGS]
+    lagging = [(objective, find(_of(objective, lagging=True), lagging_gradients)) for objective in LAGGING]
     refused = [(name, find(partial(refused_outcomes, per_token=loss))) for name, loss in REFUSED.items()]
     refused.append(("advantages brought to mean 0 and deviation 1 over a group", find(normalised_outcomes)))
     page = files("understudy.estimators").joinpath("page.md").read_text(encoding="utf-8")
@@ -173,9 +176,8 @@ def render() -> str:
         signals=_table(signals, full),
         weightings=_table(weightings, full),
         lagging=_table(lagging, full),
-        refused=_table(refused, full, quoted=False),
+        refused=_table(refused, full),
         vocabulary=_vocabulary(),
-        costs=_costs(),
         worlds=WORLDS,
         exact=_EXACT,
         plain=_PLAIN_FLOPS / 1e9,
@@ -196,16 +198,34 @@ def _toml(objective: _Objective) -> str:
     return ", ".join(f"{key} = {json.dumps(value)}" for key, value in flat.items())
 
 
-def _table(rows: Sequence[tuple[str, Finding]], full: Finding, *, quoted: bool = True) -> str:
-    head = (
-        "| objective | expected gradient | cosine | length | variance | signal-to-noise at 1, 16, 256 | at p = q |\n"
-        "|---|---|---|---|---|---|---|\n"
-    )
-    return head + "".join(
-        f"| {f'`{name}`' if quoted else name} | {found.equals or 'biased'} | {_cosine(found)} | {found.length:.2f} "
-        f"| {found.variance / full.variance:.2f} | {_ratios(found)} | {_agreement(found)} |\n"
-        for name, found in rows
-    )
+def _table(rows: Sequence[tuple[str | _Objective, Finding]], full: Finding) -> str:
+    """One row for each objective, with its price; for each loss by name, without."""
+    priced = not isinstance(rows[0][0], str)
+    names = ["objective", "expected gradient", "cosine", "length", "variance", "signal-to-noise at 1, 16, 256"]
+    names += ["at p = q", *(["bytes", "extra GFLOP"] if priced else [])]
+    lines = [names, ["---"] * len(names)]
+    for objective, found in rows:
+        line = [
+            objective if isinstance(objective, str) else f"`{_toml(objective)}`",
+            found.equals or "biased",
+            _cosine(found),
+            f"{found.length:.2f}",
+            f"{found.variance / full.variance:.2f}",
+            _ratios(found),
+            _agreement(found),
+        ]
+        lines.append(line + ([] if isinstance(objective, str) else _price(objective)))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _price(objective: _Objective) -> list[str]:
+    """Bytes and GFLOP for a token, with 32 alternatives where there are any."""
+    shown = {**objective, **({"topk": 32} if "topk" in objective else {})}
+    config = ObjectiveConfig.model_validate(shown)
+    settled = "sampled" if config.asks_for_sampled else "full"
+    config = config if config.estimator != "auto" else config.model_copy(update={"estimator": settled})
+    flops = extra_flops(config, rewarded=bool(config.reward_coef))
+    return [f"{bytes_per_token(config):,}", f"{flops / 1e9:.1f}"]
 
 
 def _cosine(found: Finding) -> str:
@@ -225,24 +245,9 @@ def _agreement(found: Finding) -> str:
 def _vocabulary() -> str:
     lines = ["| vocabulary, tokens | sampled / full | with a baseline / without |\n|---|---|---|\n"]
     for vocab_size, horizon in ((4, 3), (8, 2), (16, 2), (24, 2)):
-        rows = []
-        for seed in range(WORLDS):
-            full, sampled, based = (
-                outcomes(_world(seed, vocab_size, horizon), objective).variance_per_token for objective in SIGNALS[:3]
-            )
-            rows.append((sampled / full, based / sampled))
-        means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-        lines.append(f"| {vocab_size}, {horizon} | {means[0]:.1f} | {means[1]:.2f} |\n")
-    return "".join(lines)
-
-
-def _costs() -> str:
-    lines = ["| objective | bytes from a served teacher | extra GFLOP | of the step |\n|---|---|---|---|\n"]
-    for objective in chain(SIGNALS[:3], [{"divergence": "jsd"}], SIGNALS[13:16], SIGNALS[22:28]):
-        shown = {**objective, **({"topk": 32} if "topk" in objective else {})}
-        estimator = {"estimator": "full"} if "estimator" not in shown else {}
-        resolved = ObjectiveConfig.model_validate({**shown, **estimator})
-        flops = extra_flops(resolved, rewarded=bool(resolved.reward_coef))
-        size = bytes_per_token(resolved)
-        lines.append(f"| `{_toml(shown)}` | {size:,} | {flops / 1e9:.1f} | {flops / _PLAIN_FLOPS:.1%} |\n")
+        worlds = [_world(seed, vocab_size, horizon) for seed in range(WORLDS)]
+        full, sampled, based = (
+            sum(outcomes(world, objective).variance_per_token for world in worlds) for objective in SIGNALS[:3]
+        )
+        lines.append(f"| {vocab_size}, {horizon} | {sampled / full:.2f} | {based / sampled:.2f} |\n")
     return "".join(lines)

@@ -17,6 +17,7 @@ from torch import Tensor
 from understudy.divergences import Divergence, DivergenceKind
 
 EOS = 0
+SPECIAL = 2  # what objective.tokens.mask_special leaves out
 Ids = tuple[int, ...]
 
 
