@@ -31,8 +31,8 @@ def completion_index(prompt_length: int, completion_length: int, *, offset: int 
 @dataclass(frozen=True)
 class Layout:
     """Sequences as model input: ``input_ids`` [B, L], ``position_ids`` [1, L] (packed rows only), and for the N
-    completion
-    tokens of all of them, in order, ``token_index`` [N] (the predicting positions, flat) and ``target_ids`` [N]."""
+    completion tokens of all of them, in order, ``token_index`` [N] (the predicting positions, flat) and ``target_ids``
+    [N]."""
 
     input_ids: Tensor
     position_ids: Tensor | None
@@ -72,8 +72,7 @@ def plan_batches(
     sequences: Sequence[TokenSequence | TrainingExample], *, max_tokens: int, packing: bool = False
 ) -> list[list[int]]:
     """Sequence numbers per batch of at most ``max_tokens`` tokens, padding included; a longer single sequence gets a
-    batch
-    of its own. Like lengths go together; none is dropped or cut."""
+    batch of its own. Like lengths go together; none is dropped or cut."""
     lengths = [len(s.prompt_ids) + len(s.completion_ids) for s in sequences]
     plan: list[list[int]] = []
     used = 0
@@ -96,8 +95,8 @@ def micro_batches(
     dtype: torch.dtype = torch.float32,
 ) -> list[Batch]:
     """Examples -> batches of at most ``micro_batch_tokens`` tokens and one teacher each; see ``plan_batches``.
-    ``dtype`` is
-    that of log-probabilities and advantages. All tensors are on ``device`` but ``teacher_hidden``: see ``Batch``."""
+    ``dtype`` is that of log-probabilities, advantages and weights. All tensors are on ``device`` but hidden states: see
+    ``Batch``."""
     batches: list[Batch] = []
     for teacher in sorted({example.teacher for example in examples}):
         own = [example for example in examples if example.teacher == teacher]

@@ -277,25 +277,28 @@ def topk_divergence(
                 f"position {first_position + row}: the teacher gives entry {place} of the top-k set probability zero, "
                 f"where the student gives {float(p[row, place]):.3g}; expected one above zero"
             )
-        gap = torch.where(p == 0, 0.0, log_p - log_q)
-        values = (p * gap).sum(-1)
-        if tail == "bucket":
-            # Rounding in K numbers, or in the input: below it, a tail cannot be told from none.
-            narrow = max(torch.finfo(x.dtype).eps for x in (student_topk_logprobs, teacher_topk_logprobs))
-            eps = torch.finfo(wide).eps
-            floor = max(p.shape[-1] * eps, narrow if narrow > eps else 0.0)
-            rest = [(1 - mass).clamp(min=floor) for mass in masses]
-            tail_gap = (rest[0] / rest[1]).log()
-            values, slope = values + (rest[0] * tail_gap)[:, 0], p * (gap - tail_gap)
-        elif tail == "renormalize":
-            slope = p * (gap - values[:, None])
-        else:
-            slope = p * gap
+        # Rounding in K numbers, or in the input: below it, a tail cannot be told from none.
+        narrow = max(torch.finfo(x.dtype).eps for x in (student_topk_logprobs, teacher_topk_logprobs))
+        eps = torch.finfo(wide).eps
+        floor = max(p.shape[-1] * eps, narrow if narrow > eps else 0.0)
+        values, slope = _topk_terms(p, torch.where(p == 0, 0.0, log_p - log_q), masses, tail, floor)
         check_finite(values, loss_mask, lambda n: (log_p[n], log_q[n]), first_position=first_position)
     loss = _reduce(carry_gradient(values, student_topk_logprobs, slope), loss_mask, weights, reduction)
     sums = torch.stack([values, masses[0][:, 0], masses[1][:, 0]]).sum(-1)
     names = ("topk", "topk_student_mass", "topk_teacher_mass")
     return LossOutput(loss, dict(zip(names, sums.tolist(), strict=True)))
+
+
+def _topk_terms(
+    p: Tensor, gap: Tensor, masses: tuple[Tensor, Tensor], tail: Tail, floor: float
+) -> tuple[Tensor, Tensor]:
+    """(divergence [N], its slope on the student's log-probabilities [N, K]) from p and log p - log q in the top k."""
+    values = (p * gap).sum(-1)
+    if tail == "bucket":
+        rest = [(1 - mass).clamp(min=floor) for mass in masses]
+        tail_gap = (rest[0] / rest[1]).log()
+        return values + (rest[0] * tail_gap)[:, 0], p * (gap - tail_gap)
+    return values, p * (gap - values[:, None]) if tail == "renormalize" else p * gap
 
 
 def _reduce(per_token: Tensor, loss_mask: Tensor, weights: Tensor | None, reduction: Reduction) -> Tensor:

@@ -1,8 +1,8 @@
 """The data that travels through a step: one frozen dataclass per hop.
 
 Per-token sequences cover **completion tokens only**: entry ``t`` belongs to ``completion_ids[t]``. The end-of-text
-token
-is a completion token and trains; nothing exists after it. Log-probabilities are natural logarithms (nats), float32.
+token is a completion token and trains; nothing exists after it. Log-probabilities are natural logarithms (nats),
+float32.
 
     Prompt -> Rollout -> ScoredRollout -> TrainingExample -> Batch -> LossOutput
 """
@@ -26,8 +26,7 @@ class Prompt:
 
     ``index`` is the row's identity in its source; a rollout's randomness derives from it. ``teacher`` names the teacher
     that marks the answer. ``teacher_prompt_ids`` is what that teacher reads instead of ``prompt_ids`` (another
-    template,
-    privileged context); ``None`` means the same tokens.
+    template, privileged context); ``None`` means the same tokens.
     """
 
     index: int
