@@ -12,6 +12,7 @@ from understudy import assembly
 from understudy.assembly import Given, Parts, assemble
 from understudy.config import RunConfig
 from understudy.costs import CostLedger
+from understudy.errors import ConfigError
 from understudy.preflight import check_run
 from understudy.worlds.ledger_demo import ARMS, arm_config, prepare
 
@@ -76,3 +77,14 @@ def test_auto_takes_the_full_divergence_where_it_can(world, discount, estimator,
     assert parts.config.objective.estimator == parts.credit.estimator == estimator
     assert parts.needs.teacher == ("hidden" if estimator == "full" else "sampled")
     assert [line for line in caplog.messages if "auto ->" in line] == [f"objective.estimator: auto -> {estimator}"]
+
+
+def test_a_teacher_that_cannot_give_enough_is_refused_before_any_model_is_loaded(world, monkeypatch):
+    class Plain:
+        kinds = frozenset({"sampled"})
+
+    config = config_of(world, estimator="full")
+    monkeypatch.setattr(assembly, "load_student", lambda *a, **k: pytest.fail("the student was loaded"))
+    given = Given(teachers={"default": Plain()})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match=r"objective.estimator[\s\S]*teachers in this process"):
+        assemble(config, check_run(config, "distill"), CostLedger(), checkpoint=None, given=given)

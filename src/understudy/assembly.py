@@ -247,6 +247,8 @@ def _check_given(config: RunConfig, checked: Checked, given: Given) -> None:
                 expected="an LMHead, which turns its hidden states into logits",
                 remedy='add it, or leave "hidden" out of kinds',
             )
+    if given.teachers is not None:
+        resolve_estimator(config, given.teachers)  # raises where they cannot give what the objective needs
     names = {prompt.teacher for prompt in checked.prompts}
     if given.teachers is not None and not names <= given.teachers.keys():
         raise ConfigError(
