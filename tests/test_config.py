@@ -113,6 +113,9 @@ def test_training_stops_writing_where_it_stops_learning(tmp_path: Path) -> None:
     assert first.training_sampling == whole.sampling.model_copy(update={"max_completion_tokens": 5})
     assert first.sampling == whole.sampling  # evaluations go on to the end
     assert read(tmp_path, **taught, objective={"tokens": {"first": 30}}).training_sampling == whole.sampling
+    for fraction, tokens in ((0.25, 5), (0.27, 6), (1e-9, 1)):
+        part = read(tmp_path, **taught, objective={"tokens": {"first": fraction}})
+        assert (part.first_tokens, part.training_sampling.max_completion_tokens) == (tokens, tokens)
     # Rewards grade whole answers, whatever part of them trains.
     rewarded = read(tmp_path, **taught, objective={"tokens": {"first": 5}, "reward_coef": 0.5})
     assert rewarded.training_sampling == whole.sampling

@@ -122,6 +122,7 @@ CASES: dict[str, Case] = {
     "sequence mean": Case({"reduction": "sequence_mean"}, "full", FULL),
     "sequence mean, sampled": Case({"reduction": "sequence_mean", "estimator": "sampled"}, "sampled", RATIO),
     "first tokens": Case({"tokens": {"first": 3}}, "full", FULL),
+    "first half of the cap": Case({"tokens": {"first": 0.5}}, "full", FULL),
     "span": Case({"tokens": {"span": [0.0, 0.3]}}, "full", FULL),
     "half-life": Case({"tokens": {"half_life": 2.0}}, "full", FULL),
     "half-life, sampled": Case({"tokens": {"half_life": 2.0}, "estimator": "sampled"}, "sampled", RATIO),

@@ -182,6 +182,12 @@ DISTILL: dict[str, tuple[dict[str, Any], dict[str, Any], str, list[str]]] = {
     "an empty span": ({"tokens": {"span": [0.5, 0.5]}}, {}, "objective.tokens.span", ["[0.5, 0.5]", "[0.0, 0.3]"]),
     "a span beyond the end": ({"tokens": {"span": [0.5, 1.5]}}, {}, "objective.tokens.span", ["0 <= start < end <= 1"]),
     "a span before the start": ({"tokens": {"span": [-0.5, 1.0]}}, {}, "objective.tokens.span", ["[-0.5, 1.0]"]),
+    "half a token": (
+        {"tokens": {"first": 2.5}},
+        {},
+        "objective.tokens.first",
+        ["2.5", "a fraction below 1", "set objective.tokens.first = 2"],
+    ),
     "first and span": (
         {"tokens": {"first": 5, "span": [0.0, 0.5]}},
         {},

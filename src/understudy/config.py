@@ -6,6 +6,7 @@ Importing this module needs neither torch nor transformers, so a broken file is 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -252,11 +253,19 @@ class RunConfig(Section):
     def training_sampling(self) -> SamplingConfig:
         """How training samples: a rollout stops where objective.tokens.first ends what is trained, unless its whole
         answer is graded."""
-        first = self.objective.tokens.first
-        if first is None or self.reward_coef > 0:
+        if self.first_tokens is None or self.reward_coef > 0:
             return self.sampling
-        length = min(first, self.sampling.max_completion_tokens)
+        length = min(self.first_tokens, self.sampling.max_completion_tokens)
         return self.sampling.model_copy(update={"max_completion_tokens": length})
+
+    @property
+    def first_tokens(self) -> int | None:
+        """objective.tokens.first as a number of tokens."""
+        first = self.objective.tokens.first
+        if first is None or first >= 1:
+            return None if first is None else int(first)
+        # Rounded first: 0.07 * 100 is a little more than 7.
+        return max(1, math.ceil(round(first * self.sampling.max_completion_tokens, 6)))
 
     @classmethod
     def from_toml(cls, path: str | Path, overrides: Mapping[str, object] = {}) -> Self:

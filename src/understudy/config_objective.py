@@ -12,8 +12,9 @@ from understudy.config_base import Section
 class TokensConfig(Section):
     """Which tokens of a completion train, and how much each counts."""
 
-    first: int | None = Field(default=None, ge=1)
-    """Train on the first tokens only. Sampling stops there too, except with rewards, which grade whole completions."""
+    first: int | float | None = Field(default=None, gt=0)
+    """Train on the first tokens only: so many, or, below 1, this fraction of sampling.max_completion_tokens. Sampling
+    stops there too, except with rewards, which grade whole completions."""
     span: tuple[float, float] = (0.0, 1.0)
     """Train on this part of each completion, as fractions of its own length: [0.0, 0.3] is its first 30%."""
     half_life: float | None = Field(default=None, gt=0)

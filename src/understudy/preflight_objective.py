@@ -221,6 +221,13 @@ def _check_tokens(config: RunConfig) -> None:
     tokens = config.objective.tokens
     if not 0 <= tokens.span[0] < tokens.span[1] <= 1:
         _refuse("objective.tokens.span", list(tokens.span), "0 <= start < end <= 1", "e.g. [0.0, 0.3]")
+    if tokens.first is not None and tokens.first >= 1 and tokens.first != int(tokens.first):
+        _refuse(
+            "objective.tokens.first",
+            tokens.first,
+            "a number of tokens, or a fraction below 1 of sampling.max_completion_tokens",
+            f"set objective.tokens.first = {int(tokens.first)}",
+        )
     if tokens.first is not None and tokens.span != (0.0, 1.0):
         _refuse(
             "objective.tokens",

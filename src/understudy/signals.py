@@ -97,7 +97,7 @@ def credit_rules(config: RunConfig, *, special_ids: frozenset[int]) -> CreditRul
         reward_coef=config.reward_coef,
         normalize_rewards=objective.normalize_rewards,
         sequence_mean=objective.reduction == "sequence_mean",
-        first=objective.tokens.first,
+        first=config.first_tokens,
         span=objective.tokens.span,
         half_life=objective.tokens.half_life,
         masked_ids=special_ids if objective.tokens.mask_special else frozenset(),
