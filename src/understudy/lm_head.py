@@ -163,15 +163,10 @@ def head_divergence(
         ValueError: different vocabularies; hidden states and weight of one head differ in dtype (outside autocast).
         ZeroProbabilityError: the divergence is infinite at a position, which the message names.
     """
-    rows = loss_mask.nonzero()[:, 0]
-    heads = student_head, teacher_head
-    inputs, sums = _divergence_inputs(heads, student_hidden, teacher_hidden, rows, weights, divergence, temperature)
-    with detached(student_hidden.device, teacher_head.weight.device):
-        columns = divergence_kernel(inputs, sums)
-        loss = (inputs.weights * columns[:, 0]).sum()
-
-    _spread(columns, rows, loss_mask, heads, (student_hidden, teacher_hidden), divergence, temperature)
-    metrics = divergence_metrics(divergence, columns, torch.ones_like(rows, dtype=torch.bool))
+    heads, hidden = (student_head, teacher_head), (student_hidden, teacher_hidden)
+    inputs, sums, columns = _divergence(heads, hidden, loss_mask, weights, divergence, temperature)
+    loss = (inputs.weights * columns[inputs.rows, 0]).sum()
+    metrics = divergence_metrics(divergence, columns, loss_mask)
     return LossOutput(_with_gradient(loss, sums, student_head, student_hidden), metrics)
 
 
@@ -187,36 +182,9 @@ def divergence_columns(
 ) -> Tensor:
     """Per position [N, 3], or [N, 4] for ``entropy_gated``: divergence, student's entropy, teacher's, gate; zeros
     outside the mask. No gradient. Raises as ``head_divergence``."""
-    rows = loss_mask.nonzero()[:, 0]
-    heads = student_head, teacher_head
-    with detached(student_hidden.device, teacher_head.weight.device):
-        inputs, sums = _divergence_inputs(heads, student_hidden, teacher_hidden, rows, None, divergence, temperature)
-        columns = divergence_kernel(inputs, sums)
-    return _spread(columns, rows, loss_mask, heads, (student_hidden, teacher_hidden), divergence, temperature)
-
-
-def _spread(
-    columns: Tensor,
-    rows: Tensor,
-    loss_mask: Tensor,
-    heads: tuple[LMHead, LMHead],
-    hidden: tuple[Tensor, Tensor],
-    divergence: Divergence,
-    temperature: float,
-) -> Tensor:
-    """Columns of the positions ``rows`` -> of all positions, zero elsewhere, once they are known to be finite."""
-
-    @torch.no_grad()
-    def logprobs(n: int) -> tuple[Tensor, Tensor]:
-        student, teacher = (
-            head.logprobs(own[n : n + 1].to(head.weight.device, head.weight.dtype), temperature=temperature)[0]
-            for head, own in zip(heads, hidden, strict=True)
-        )
-        return student, teacher.to(student.device)
-
-    spread = columns.new_zeros(len(loss_mask), columns.shape[1]).index_put((rows,), columns)
-    check_finite(spread[:, 0], loss_mask, logprobs, divergence)
-    return spread
+    heads, hidden = (student_head, teacher_head), (student_hidden, teacher_hidden)
+    with torch.no_grad():
+        return _divergence(heads, hidden, loss_mask, None, divergence, temperature)[2]
 
 
 def divergence_from_hidden(
@@ -251,27 +219,42 @@ def divergence_from_hidden(
     return LossOutput(output.loss / loss_mask.sum(), output.metrics) if reduction == "mean" else output
 
 
-def _divergence_inputs(
+def _divergence(
     heads: tuple[LMHead, LMHead],
-    student_hidden: Tensor,
-    teacher_hidden: Tensor,
-    rows: Tensor,
+    hidden: tuple[Tensor, Tensor],
+    loss_mask: Tensor,
     weights: Tensor | None,
     divergence: Divergence,
     temperature: float,
-) -> tuple[DivergenceInputs, GradientSums]:
-    student_head, teacher_head = heads
-    if student_head.vocab_size != teacher_head.vocab_size:
+) -> tuple[DivergenceInputs, GradientSums, Tensor]:
+    """What went into the kernel, the gradients that came out (where autograd is on), and the columns of every position:
+    zeros outside the mask, and known to be finite."""
+    if heads[0].vocab_size != heads[1].vocab_size:
         raise ValueError(
-            f"got a student's head over {student_head.vocab_size} ids and a teacher's over {teacher_head.vocab_size}; "
+            f"got a student's head over {heads[0].vocab_size} ids and a teacher's over {heads[1].vocab_size}; "
             "expected one vocabulary. Restrict both to the ids they share (LMHead.rows, or vocab_size)"
         )
-    student_own, student = _projected(student_head, student_hidden, temperature)
-    teacher_own, teacher = _projected(teacher_head, teacher_hidden, temperature)
-    sums = _sums(student_head, student_hidden, student)
+    student_own, student = _projected(heads[0], hidden[0], temperature)
+    teacher_own, teacher = _projected(heads[1], hidden[1], temperature)
+    sums = _sums(heads[0], hidden[0], student)
+    rows = loss_mask.nonzero()[:, 0]
     weights = torch.ones(len(rows), dtype=student.wide, device=rows.device) if weights is None else weights[rows]
     weights = weights.detach().to(student.wide)
-    return DivergenceInputs(student, teacher, student_own, teacher_own, rows, weights, divergence), sums
+    inputs = DivergenceInputs(student, teacher, student_own, teacher_own, rows, weights, divergence)
+
+    @torch.no_grad()
+    def logprobs(n: int) -> tuple[Tensor, Tensor]:
+        log_p, log_q = (
+            head.logprobs(own[n : n + 1].to(head.weight.device, head.weight.dtype), temperature=temperature)[0]
+            for head, own in zip(heads, hidden, strict=True)
+        )
+        return log_p, log_q.to(log_p.device)
+
+    with detached(hidden[0].device, heads[1].weight.device):
+        found = divergence_kernel(inputs, sums)
+    columns = found.new_zeros(len(loss_mask), found.shape[1]).index_put((rows,), found)
+    check_finite(columns[:, 0], loss_mask, logprobs, divergence)
+    return inputs, sums, columns
 
 
 def _projected(head: LMHead, hidden: Tensor, temperature: float) -> tuple[Tensor, Projection]:

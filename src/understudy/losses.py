@@ -270,13 +270,7 @@ def topk_divergence(
             # In logarithms: all of S may be beyond exp() for one of them.
             log_p, log_q = (x - x.logsumexp(-1, keepdim=True).clamp(min=_LOWEST) for x in (log_p, log_q))
         p = log_p.exp()
-        lost = torch.isneginf(log_q) & (p > 0)
-        if lost.any():
-            row, place = lost.nonzero()[0].tolist()
-            raise ZeroProbabilityError(
-                f"position {first_position + row}: the teacher gives entry {place} of the top-k set probability zero, "
-                f"where the student gives {float(p[row, place]):.3g}; expected one above zero"
-            )
+        _check_topk_zeros(p, log_q, first_position)
         # Rounding in K numbers, or in the input: below it, a tail cannot be told from none.
         narrow = max(torch.finfo(x.dtype).eps for x in (student_topk_logprobs, teacher_topk_logprobs))
         eps = torch.finfo(wide).eps
@@ -287,6 +281,16 @@ def topk_divergence(
     sums = torch.stack([values, masses[0][:, 0], masses[1][:, 0]]).sum(-1)
     names = ("topk", "topk_student_mass", "topk_teacher_mass")
     return LossOutput(loss, dict(zip(names, sums.tolist(), strict=True)))
+
+
+def _check_topk_zeros(p: Tensor, log_q: Tensor, first_position: int) -> None:
+    lost = torch.isneginf(log_q) & (p > 0)
+    if lost.any():
+        row, place = lost.nonzero()[0].tolist()
+        raise ZeroProbabilityError(
+            f"position {first_position + row}: the teacher gives entry {place} of the top-k set probability zero, "
+            f"where the student gives {float(p[row, place]):.3g}; expected one above zero"
+        )
 
 
 def _topk_terms(
