@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import understudy
-from understudy import ConfigError, Prompt, Rollout, RunConfig, SampledScores, TokenSequence, assembly
+from understudy import ConfigError, Prompt, Rollout, RunConfig, SampledScores, TokenSequence, assembly, precision
 from understudy.backends.loading import load_model, load_student
 from understudy.backends.local import LocalTrainer
 from understudy.config import OptimConfig, StudentConfig
@@ -238,8 +238,8 @@ def test_an_earlier_self_gets_the_students_dtype(
         read.append(dtype)
         return load_model(model, dtype=dtype, **options)
 
-    monkeypatch.setattr(assembly, "load_model", spy)
-    monkeypatch.setattr(assembly, "_too_large_to_compare", lambda *a: True)
+    monkeypatch.setattr(precision, "load_model", spy)
+    monkeypatch.setattr(precision, "_too_large_to_compare", lambda *a: True)
     config["student"] |= {"dtype": "float64"} | ({"lora": {"rank": 2}} if lora else {})
     result = understudy.distill(RunConfig.model_validate(config), quiet=True)
     stored = RunConfig.from_toml(result.folder / "config.toml").teacher

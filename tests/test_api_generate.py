@@ -124,3 +124,28 @@ def test_the_resolved_precision_is_used_and_stored(
     role = stored.student if method == "evaluate" else stored.teacher
     assert role is not None
     assert [role.dtype, *seen] == ["float64", "float64"]
+
+
+def test_stop_strings_from_the_file(config: dict[str, Any]) -> None:
+    """The same samples, cut after the first word that completes a string."""
+    config["sampling"] |= {"max_completion_tokens": 24, "group_size": 4, "max_batch_rows": 64}
+
+    def samples(**sampling: Any) -> list[dict[str, Any]]:
+        out = Path(config["output_dir"]).parent / f"run{len(sampling)}"
+        result = generate(config | {"output_dir": str(out), "sampling": config["sampling"] | sampling})
+        return [json.loads(line) for line in (result.folder / "samples.jsonl").read_text().splitlines()]
+
+    free = samples()
+    stops = [" ".join(free[i]["completion"].split()[5 + i : 7 + i]) for i in range(3)]
+    ended = samples(stop=stops)
+    assert all(stop.count(" w") == 1 for stop in stops)
+    shorter = 0
+    for row, whole in zip(ended, free, strict=True):
+        # "w1" completes "w59 w1", and so does the beginning of "w17".
+        words = whole["completion"].split()
+        texts = [" ".join(words[:n]) for n in range(1, len(words) + 1)]
+        first = next((text for text in texts if any(stop in text for stop in stops)), None)
+        assert row["completion"] == (whole["completion"] if first is None else first)
+        assert row["finish_reason"] == (whole["finish_reason"] if first is None else "stop")
+        shorter += row["completion"] != whole["completion"]
+    assert shorter >= 3

@@ -1,4 +1,4 @@
-"""What "auto" becomes: the teacher's dtype and the estimator."""
+"""What "auto" and absent keys become: the teacher's dtype, the estimator, the size of micro-batches."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from understudy import assembly
+from understudy import assembly, precision
 from understudy.assembly import Given, Parts, assemble
+from understudy.backends.loading import default_micro_batch_tokens
 from understudy.config import RunConfig
 from understudy.costs import CostLedger
 from understudy.errors import ConfigError
@@ -42,9 +43,9 @@ def config_of(world: Path, **objective: object) -> RunConfig:
 
 @pytest.mark.parametrize(("share", "dtype"), [(1e9, "bfloat16"), (0.0, "float32")])
 def test_a_large_teacher_is_bfloat16_where_its_error_is_small(world, monkeypatch, caplog, share, dtype):
-    monkeypatch.setattr(assembly, "_BF16_MIN_PARAMETERS", 0)
-    monkeypatch.setattr(assembly, "fast_bfloat16", lambda device: True)
-    monkeypatch.setattr(assembly, "_BF16_MAX_ERROR_SHARE", share)
+    monkeypatch.setattr(precision, "_BF16_MIN_PARAMETERS", 0)
+    monkeypatch.setattr(precision, "fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(precision, "_BF16_MAX_ERROR_SHARE", share)
     with caplog.at_level(logging.INFO, logger="understudy"):
         parts = parts_of(config_of(world))
     assert parts.config.teacher is not None
@@ -60,8 +61,8 @@ def test_a_large_teacher_is_bfloat16_where_its_error_is_small(world, monkeypatch
 
 
 def test_an_earlier_self_keeps_the_students_dtype(world, monkeypatch):
-    monkeypatch.setattr(assembly, "_BF16_MIN_PARAMETERS", 0)
-    monkeypatch.setattr(assembly, "fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(precision, "_BF16_MIN_PARAMETERS", 0)
+    monkeypatch.setattr(precision, "fast_bfloat16", lambda device: True)
     config = config_of(world)
     assert config.teacher is not None
     itself = config.teacher.model_copy(update={"model": config.student.model})
@@ -88,3 +89,48 @@ def test_a_teacher_that_cannot_give_enough_is_refused_before_any_model_is_loaded
     given = Given(teachers={"default": Plain()})  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match=r"objective.estimator[\s\S]*teachers in this process"):
         assemble(config, check_run(config, "distill"), CostLedger(), checkpoint=None, given=given)
+
+
+def test_the_size_of_micro_batches_fits_the_device(world, monkeypatch):
+    """What was decided stands in the run's configuration, and everyone goes by it."""
+    config = config_of(world)
+    optim = config.optim.model_copy(update={"micro_batch_tokens": None})
+    parts = parts_of(config.model_copy(update={"optim": optim}))
+    assert parts.config.optim.micro_batch_tokens == parts.batching["micro_batch_tokens"] == 2048
+    teacher = parts.page_teachers["default"]
+    assert isinstance(teacher, assembly.LocalTeacher)
+    assert teacher._batch_tokens == 2048
+    assert default_micro_batch_tokens(torch.device("cuda")) == 16384
+    given = config.optim.model_copy(update={"micro_batch_tokens": 123})
+    parts = parts_of(config.model_copy(update={"optim": given}))
+    assert parts.config.optim.micro_batch_tokens == parts.batching["micro_batch_tokens"] == 123
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["plain", "gradient checkpointing"])
+def test_prompts_are_shared_where_the_student_can(world, recompute):
+    config = config_of(world)
+    student = config.student.model_copy(update={"gradient_checkpointing": recompute})
+    assert parts_of(config.model_copy(update={"student": student})).batching["share_prompts"] is not recompute
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_stop_strings_end_rollouts(world, compute_dtype):
+    config = config_of(world)
+    sampling = config.sampling.model_copy(update={"max_completion_tokens": 24, "group_size": 2})
+    student = config.student.model_copy(update={"compute_dtype": compute_dtype})
+    config = config.model_copy(update={"sampling": sampling, "student": student})
+
+    def texts(stop: tuple[str, ...]) -> list[tuple[str, str]]:
+        parts = parts_of(config.model_copy(update={"sampling": sampling.model_copy(update={"stop": stop})}))
+        assert parts.config.sampling.stop == stop
+        groups = parts.sampler.sample(parts.prompts[:8], parts.config.sampling, seed=1)
+        return [(parts.decode(r.completion_ids), r.finish_reason) for group in groups for r in group]
+
+    free = texts(())
+    # Two words that follow each other somewhere
+    stop = " ".join(free[0][0].split()[2:4])
+    assert sum(stop in text for text, _ in free) >= 1
+    for (text, reason), (whole, without) in zip(texts((stop,)), free, strict=True):
+        end = whole.find(stop) + len(stop)
+        assert text == (whole[:end] if stop in whole else whole)
+        assert reason == ("stop" if stop in whole else without)

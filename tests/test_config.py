@@ -53,6 +53,14 @@ def test_overrides_are_read_as_toml(tmp_path: Path) -> None:
     assert config.seed == 7
 
 
+def test_stop_strings_are_not_empty(tmp_path: Path) -> None:
+    """Every text has an empty string in it."""
+    assert read(tmp_path, sampling={"stop": ["\n\n", "Question:"]}).sampling.stop == ("\n\n", "Question:")
+    assert read(tmp_path).sampling.stop == ()
+    with pytest.raises(ConfigError, match=r"sampling\.stop"):
+        read(tmp_path, sampling={"stop": ["Question:", ""]})
+
+
 @pytest.mark.parametrize(
     ("wrong", "meant"),
     [

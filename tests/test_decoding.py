@@ -1,5 +1,8 @@
 """Decoding: what is drawn, with which log-probability, and that neither padding nor neighbours nor the cache matter."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,16 +10,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny import ARCHITECTURES, EOS, tiny_model
-from understudy.backends.decoding import choose_tokens, decode, rollout_uniforms
-from understudy.backends.loading import LanguageModel
+from understudy.backends import decoding
+from understudy.backends.decoding import TokenChooser, decode, rollout_uniforms
+from understudy.backends.language_model import LanguageModel
+from understudy.lm_head import LMHead
 
 NO_STOP: frozenset[int] = frozenset()
 
 
+def draw(logits: torch.Tensor, uniforms: list[float], **options: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token per uniform number, from a head whose logits [V] are its bias."""
+    head = LMHead(torch.zeros(len(logits), 1, dtype=logits.dtype), bias=logits)
+    chooser = TokenChooser(head, rows=len(uniforms), **{"temperature": 1.0, **options})  # pyright: ignore
+    return chooser(torch.zeros(len(uniforms), 1, dtype=logits.dtype), torch.tensor(uniforms, dtype=torch.float64))
+
+
 def choose(probabilities: list[float], uniforms: list[float], **options: float) -> tuple[list[int], list[float]]:
-    logits = torch.tensor([probabilities] * len(uniforms), dtype=torch.float64).log() + 3.0
-    settings = {"temperature": 1.0, **options}
-    ids, logprobs = choose_tokens(logits, torch.tensor(uniforms, dtype=torch.float64), **settings)  # pyright: ignore
+    logits = torch.tensor(probabilities, dtype=torch.float64).log() + 3.0
+    ids, logprobs = draw(logits, uniforms, **options)
     return ids.tolist(), logprobs.exp().tolist()
 
 
@@ -75,10 +86,12 @@ LAST = 1 - 2.0**-53  # the largest number below 1
 def test_never_a_token_without_probability(uniform: float, dtype: torch.dtype) -> None:
     """-inf logits at both ends and in the middle; the extremes of the uniform numbers must not fall on them."""
     inf = float("inf")
-    logits = torch.tensor([[-inf, 1.0, -inf, 0.5, -inf], [2.0, -inf, -inf, -inf, -inf], [-inf, -inf, -inf, -inf, 1.0]])
-    ids, logprobs = choose_tokens(logits.to(dtype), torch.full((3,), uniform, dtype=torch.float64), temperature=1.0)
-    assert ids.tolist() == [1 if uniform <= 0.5 else 3, 0, 4]
-    assert torch.isfinite(logprobs).all()
+    rows = [[-inf, 1.0, -inf, 0.5, -inf], [2.0, -inf, -inf, -inf, -inf], [-inf, -inf, -inf, -inf, 1.0]]
+    for row, expected in zip(rows, [1 if uniform <= 0.5 else 3, 0, 4], strict=True):
+        for top_p in (1.0, 0.99):
+            ids, logprobs = draw(torch.tensor(row, dtype=dtype), [uniform], top_p=top_p)
+            assert ids.tolist() == [expected]
+            assert torch.isfinite(logprobs).all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -92,8 +105,7 @@ def test_never_a_token_without_probability(uniform: float, dtype: torch.dtype) -
 def test_a_choice_lies_in_its_set_and_cdf_interval(size: int, seed: int, u: float, top_p: float, top_k: int) -> None:
     """Against plain Python: sort, keep, renormalise, walk the cumulative sum."""
     logits = 3 * torch.randn(1, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    point = torch.tensor([u], dtype=torch.float64)
-    ids, logprobs = choose_tokens(logits, point, temperature=0.7, top_p=top_p, top_k=top_k)
+    ids, logprobs = draw(logits[0], [u], temperature=0.7, top_p=top_p, top_k=top_k)
     probabilities = (logits[0] / 0.7).softmax(0).tolist()
     order = sorted(range(size), key=lambda v: -probabilities[v])[: top_k or size]
     mass, kept, before = sum(probabilities[v] for v in order), set(), 0.0
@@ -145,32 +157,31 @@ def alone(model: LanguageModel, prompt: list[int], uniforms: np.ndarray, *, temp
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_cached_decoding_equals_full_passes(architecture: str, ragged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Left padding, positions, sliding windows, and rows leaving the batch as they end."""
-    from transformers import DynamicCache
-
     model = LanguageModel(tiny_model(architecture, seed=5))
     prompts = PROMPTS if ragged else [[1 + (i + j) % 5 for j in range(5)] for i in range(16)]
     stop, uniforms = frozenset({EOS, 2}), draws(16, 9, seed=1)
     compactions: list[int] = []
-    select = DynamicCache.batch_select_indices
+    select = decoding.select_rows
     monkeypatch.setattr(
-        DynamicCache, "batch_select_indices", lambda self, keep: (compactions.append(len(keep)), select(self, keep))[1]
+        decoding, "select_rows", lambda cache, keep: (compactions.append(len(keep)), select(cache, keep))[1]
     )
-    completions = decode(model, prompts, uniforms, stop_ids=stop, max_tokens=9, temperature=0.9)
+    completions = decode(model, prompts, uniforms, stop_ids=stop, max_tokens=[9] * 16, temperature=0.9)
     for prompt, row, (ids, logprobs) in zip(prompts, uniforms, completions, strict=True):
         expected_ids, expected = alone(model, prompt, row, temperature=0.9, stop=stop)
         assert ids == expected_ids
         assert logprobs == pytest.approx(expected, abs=1e-10)
     assert len(set(map(len, (ids for ids, _ in completions)))) > 1
     assert compactions == sorted(compactions, reverse=True)
-    assert compactions
+    assert compactions[0] == 16  # prompts that stand twice were read once
+    assert len(compactions) > 1
 
 
 def test_completions_end_at_the_first_stop_token_or_the_cap() -> None:
     model = LanguageModel(tiny_model(seed=5))
     uniforms = draws(16, 6)
-    free = decode(model, PROMPTS, uniforms, stop_ids=NO_STOP, max_tokens=6, temperature=1.0)
+    free = decode(model, PROMPTS, uniforms, stop_ids=NO_STOP, max_tokens=[6] * 16, temperature=1.0)
     assert {len(ids) for ids, _ in free} == {6}
-    stopped = decode(model, PROMPTS, uniforms, stop_ids=frozenset({EOS, 3}), max_tokens=6, temperature=1.0)
+    stopped = decode(model, PROMPTS, uniforms, stop_ids=frozenset({EOS, 3}), max_tokens=[6] * 16, temperature=1.0)
     for (whole, logprobs), (ids, own) in zip(free, stopped, strict=True):
         ends = [t for t, token in enumerate(whole) if token in {EOS, 3}]
         length = ends[0] + 1 if ends else 6
@@ -182,7 +193,8 @@ def test_completions_end_at_the_first_stop_token_or_the_cap() -> None:
 def test_greedy_decoding_ignores_the_uniform_numbers() -> None:
     model = LanguageModel(tiny_model(seed=5))
     first, second = (
-        decode(model, PROMPTS, draws(16, 5, seed), stop_ids=NO_STOP, max_tokens=5, temperature=0) for seed in (0, 1)
+        decode(model, PROMPTS, draws(16, 5, seed), stop_ids=NO_STOP, max_tokens=[5] * 16, temperature=0)
+        for seed in (0, 1)
     )
     assert first == second
     ids = list(PROMPTS[2])
@@ -194,7 +206,12 @@ def test_greedy_decoding_ignores_the_uniform_numbers() -> None:
 def test_a_restricted_vocabulary_never_leaves_it() -> None:
     model = tiny_model(seed=5, vocab_size=9)
     completions = decode(
-        LanguageModel(model, vocab_size=6), PROMPTS, draws(16, 6), stop_ids=NO_STOP, max_tokens=6, temperature=1.0
+        LanguageModel(model, vocab_size=6),
+        PROMPTS,
+        draws(16, 6),
+        stop_ids=NO_STOP,
+        max_tokens=[6] * 16,
+        temperature=1.0,
     )
     assert max(token for ids, _ in completions for token in ids) < 6
     for prompt, (ids, logprobs) in zip(PROMPTS, completions, strict=True):
@@ -208,9 +225,158 @@ def test_hybrids_keep_their_rows_to_the_end(ragged: bool) -> None:
     model = LanguageModel(tiny_model("lfm2", seed=5))
     prompts = PROMPTS if ragged else [[1 + (i + j) % 5 for j in range(5)] for i in range(16)]
     stop, uniforms = frozenset({EOS, 2}), draws(16, 9, seed=1)
-    completions = decode(model, prompts, uniforms, stop_ids=stop, max_tokens=9, temperature=0.9)
+    completions = decode(model, prompts, uniforms, stop_ids=stop, max_tokens=[9] * 16, temperature=0.9)
     for prompt, row, (ids, logprobs) in zip(prompts, uniforms, completions, strict=True):
         expected_ids, expected = alone(model, prompt, row, temperature=0.9, stop=stop)
         assert ids == expected_ids
         assert logprobs == pytest.approx(expected, abs=1e-10)
     assert len(set(map(len, (ids for ids, _ in completions)))) > 2
+
+
+class Passes:
+    """The shapes [B, L] of all ids that go through models."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        hidden = LanguageModel.hidden
+
+        def watched(model: LanguageModel, input_ids: torch.Tensor, **inputs: Any) -> Any:
+            self.shapes.append(tuple(input_ids.shape))
+            return hidden(model, input_ids, **inputs)
+
+        monkeypatch.setattr(LanguageModel, "hidden", watched)
+
+
+def assert_alike(one: list[tuple[list[int], list[float]]], other: list[tuple[list[int], list[float]]]) -> None:
+    assert [ids for ids, _ in one] == [ids for ids, _ in other]
+    for (_, own), (_, expected) in zip(one, other, strict=True):
+        assert own == pytest.approx(expected, abs=1e-11)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("prompts", "prefill"),
+    [
+        ([[1, 2, 3]] * 5, (1, 3)),
+        ([[4], [1, 2, 3], [4], [5, 5, 1, 2, 3, 3], [1, 2, 3], [4]], (3, 6)),
+        ([[4], [5], [3]], (3, 1)),
+    ],
+    ids=["one", "mixed", "all different"],
+)
+def test_equal_prompts_are_read_once(
+    architecture: str, prompts: list[list[int]], prefill: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And rows are what they are on their own, whatever the order of the prompts."""
+    model, uniforms = LanguageModel(tiny_model(architecture, seed=5)), draws(len(prompts), 7)
+    options = {"stop_ids": frozenset({2}), "temperature": 0.9}
+    single = [
+        decode(model, [prompt], row[None], max_tokens=[7], **options)[0]
+        for prompt, row in zip(prompts, uniforms, strict=True)
+    ]
+    passes = Passes(monkeypatch)
+    assert_alike(decode(model, prompts, uniforms, max_tokens=[7] * len(prompts), **options), single)
+    first, *rest = passes.shapes
+    assert first == prefill
+    assert {length for _, length in rest} == {1}
+    assert rest[0][0] <= len(prompts)
+    assert len({tuple(ids) for ids, _ in single}) > 1
+
+
+def test_hybrids_read_every_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And finished rows stay in the batch: a convolution's state cannot choose rows."""
+    model, passes = LanguageModel(tiny_model("lfm2", seed=5)), Passes(monkeypatch)
+    decode(model, [[1, 2, 3]] * 5, draws(5, 7), stop_ids=frozenset({EOS, 2}), max_tokens=[7] * 5, temperature=0.9)
+    assert passes.shapes[0] == (5, 3)
+    assert {rows for rows, _ in passes.shapes} == {5}
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "lfm2"])
+def test_every_row_has_a_cap_of_its_own(architecture: str) -> None:
+    model, caps = LanguageModel(tiny_model(architecture, seed=5)), [1, 6, 3, 2, 6, 1, 4, 5] * 2
+    uniforms = draws(16, 6)
+    whole = decode(model, PROMPTS, uniforms, stop_ids=frozenset({EOS}), max_tokens=[6] * 16, temperature=1.0)
+    capped = decode(model, PROMPTS, uniforms, stop_ids=frozenset({EOS}), max_tokens=caps, temperature=1.0)
+    assert_alike(capped, [(ids[:cap], own[:cap]) for (ids, own), cap in zip(whole, caps, strict=True)])
+    assert sum(len(ids) == cap for (ids, _), cap in zip(capped, caps, strict=True)) > 8
+    assert len({len(ids) for ids, _ in capped}) > 3
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "lfm2"])
+def test_a_test_of_the_text_ends_a_row_at_its_token(architecture: str) -> None:
+    """It is asked once for every token of a row that goes on, with all of the completion so far."""
+    model, uniforms, asked = LanguageModel(tiny_model(architecture, seed=5)), draws(16, 9), []
+
+    def ends(ids: Sequence[int]) -> bool:
+        asked.append(tuple(ids))
+        return sum(ids) >= 11
+
+    free = decode(model, PROMPTS, uniforms, stop_ids=frozenset({EOS}), max_tokens=[9] * 16, temperature=1.0)
+    ended = decode(model, PROMPTS, uniforms, stop_ids=frozenset({EOS}), max_tokens=[9] * 16, temperature=1.0, ends=ends)
+    lengths = [next((t for t in range(1, len(ids)) if sum(ids[:t]) >= 11), len(ids)) for ids, _ in free]
+    assert_alike(ended, [(ids[:n], own[:n]) for (ids, own), n in zip(free, lengths, strict=True)])
+    assert {sum(ids) >= 11 for ids, _ in ended} == {True, False}
+    # Not where a stop token or the cap has ended the row.
+    expected = [tuple(ids[:t]) for ids, _ in ended for t in range(1, len(ids) + 1) if t < 9 and ids[t - 1] != EOS]
+    assert sorted(asked) == sorted(expected)
+
+
+def nucleus(logits: torch.Tensor, temperature: float, top_p: float, top_k: int) -> torch.Tensor:
+    """Plainly, in float64: probabilities [V] of the set that is drawn from."""
+    probabilities = (logits.double() / temperature).softmax(0)
+    values, order = probabilities.sort(descending=True)
+    kept = torch.zeros_like(probabilities)
+    count = top_k or len(order)
+    total = values[:count].sum()
+    size = int(((values[:count].cumsum(0) - values[:count]) < top_p * total).sum())
+    kept[order[:size]] = values[:size]
+    return kept / kept.sum()
+
+
+@pytest.mark.parametrize(
+    ("spread", "top_p", "top_k", "size"),
+    [
+        (2.0, 0.9, 0, (50, 1024)),  # fits the likeliest 1024
+        (0.01, 0.9, 0, (4400, 4600)),  # nearly even: it does not
+        (2.0, 0.9, 300, (50, 300)),
+        (0.01, 0.5, 3000, (1400, 1600)),
+        (0.01, 1.0, 2000, (2000, 2000)),
+        (3.0, 1.0, 7, (7, 7)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_truncation_of_large_vocabularies(
+    spread: float, top_p: float, top_k: int, size: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Exact frequencies on the midpoints of equal intervals, in vocabulary order."""
+    assert decoding._NUCLEUS == 1024
+    logits = (spread * torch.randn(5000, generator=torch.Generator().manual_seed(7), dtype=torch.float64)).to(dtype)
+    kept = nucleus(logits, 0.8, top_p, top_k)
+    assert size[0] <= int((kept > 0).sum()) <= size[1]
+    uniforms = [(i + 0.5) / 400 for i in range(400)]
+    ids, logprobs = draw(logits, uniforms, temperature=0.8, top_p=top_p, top_k=top_k)
+    expected = torch.searchsorted(kept.cumsum(0), torch.tensor(uniforms, dtype=torch.float64), right=True)
+    if dtype == torch.float64:
+        assert ids.tolist() == expected.tolist()
+    high = kept.cumsum(0)
+    near = 1e-4 if dtype == torch.float32 else 1e-9
+    for token, u in zip(ids.tolist(), uniforms, strict=True):
+        assert float(high[token] - kept[token]) - near <= u <= float(high[token]) + near
+    expected_logprobs = (logits / 0.8).log_softmax(0)[ids]  # before truncation
+    torch.testing.assert_close(logprobs, expected_logprobs)
+
+
+def test_rows_that_fit_the_likeliest_and_rows_that_do_not() -> None:
+    """Side by side they are what they are alone."""
+    generator = torch.Generator().manual_seed(7)
+    table = torch.randn(3000, 2, generator=generator, dtype=torch.float64) * torch.tensor([4.0, 0.01])
+    chooser = TokenChooser(LMHead(table), rows=40, temperature=1.0, top_p=0.95)
+    hidden = torch.eye(2, dtype=torch.float64).repeat(20, 1)
+    uniforms = torch.rand(40, generator=generator, dtype=torch.float64)
+    ids, logprobs = chooser(hidden, uniforms)
+    for row in range(2):
+        kept = nucleus(table[:, row], 1.0, 0.95, 0)
+        assert (int((kept > 0).sum()) <= 1024) == (row == 0)
+        own, _ = chooser(hidden[row::2], uniforms[row::2])
+        assert own.tolist() == ids[row::2].tolist()
+        assert own.tolist() == torch.searchsorted(kept.cumsum(0), uniforms[row::2].contiguous(), right=True).tolist()
+        torch.testing.assert_close(logprobs[row::2], table[:, row].log_softmax(0)[own])

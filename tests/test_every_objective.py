@@ -24,7 +24,8 @@ import understudy
 from test_docs import generic, tables
 from understudy import RunConfig
 from understudy.assembly import Parts
-from understudy.backends.loading import LanguageModel, load_model
+from understudy.backends.language_model import LanguageModel
+from understudy.backends.loading import load_model
 from understudy.backends.local import LocalSampler, LocalTeacher, LocalTrainer
 from understudy.batching import micro_batches
 from understudy.loop import on_policy_loop, sample_and_score

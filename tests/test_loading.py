@@ -11,15 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from tiny import prompt_of, tiny_model
 from understudy import ConfigError
-from understudy.backends.loading import (
-    LanguageModel,
-    _student_dtype,
-    check_packing,
-    load_model,
-    load_student,
-    meta_shape,
-    pick_device,
-)
+from understudy.backends.language_model import LanguageModel, check_packing
+from understudy.backends.loading import _student_dtype, load_model, load_student, meta_shape, pick_device
 from understudy.backends.local import LocalSampler, LocalTrainer
 from understudy.batching import micro_batches
 from understudy.config import LoraConfig, OptimConfig, SamplingConfig, StudentConfig

@@ -1,20 +1,25 @@
 """The local backend's roles. Their gradients and scores are judged in tests/parity."""
 
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tiny import EOS, gradient_of, prompt_of, sampler_of, teacher_of, tiny_model, trainer_of
+from tiny import EOS, gradient_of, prompt_of, sampler_of, teacher_of, tiny_model, tiny_tokenizer, trainer_of
 from understudy import head_kernels
-from understudy.backends.loading import LanguageModel, load_model, load_student
-from understudy.backends.local import LocalTrainer
+from understudy.backends import local
+from understudy.backends.language_model import LanguageModel
+from understudy.backends.loading import load_model, load_student
+from understudy.backends.local import LocalSampler, LocalTrainer
 from understudy.batching import micro_batches
 from understudy.config import LoraConfig, OptimConfig, SamplingConfig, StudentConfig
 from understudy.errors import ConfigError, RunError
 from understudy.lm_head import LMHead
 from understudy.objectives import CrossEntropy
+from understudy.tokenization import ModelText
 from understudy.types import Batch, HiddenScores, LossOutput, Rollout, TokenSequence, TopkScores, TrainingExample
 
 PROMPTS = [prompt_of(ids, i) for i, ids in enumerate([[1, 2, 3], [4], [5, 4, 3, 2, 1, 5, 3], [2, 2]])]
@@ -239,18 +244,123 @@ def out_of_memory(*arguments: Any, **keywords: Any) -> Any:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
+def assert_same_rollouts(groups: list[list[Rollout]], expected: list[list[Rollout]]) -> None:
+    assert written(groups) == written(expected)
+    for one, other in zip(chain(*groups), chain(*expected), strict=True):
+        assert one.prompt is other.prompt
+        assert one.finish_reason == other.finish_reason
+        assert one.sampler_logprobs == pytest.approx(other.sampler_logprobs, abs=1e-12)
+
+
+class Decodes:
+    """How many rows are decoded at once; more than ``most`` do not fit in memory."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int = 10**6) -> None:
+        self.rows: list[int] = []
+        self.failed: list[int] = []
+        self.most, self.decode = most, local.decode
+        monkeypatch.setattr(local, "decode", self)
+
+    def __call__(self, model: LanguageModel, prompts: Sequence[Sequence[int]], *arguments: Any, **options: Any) -> Any:
+        if len(prompts) > self.most:
+            self.failed.append(len(prompts))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        self.rows.append(len(prompts))
+        return self.decode(model, prompts, *arguments, **options)
+
+
+@pytest.mark.parametrize("fitting", [1, 3, 5, 16])
+def test_no_more_rows_are_decoded_than_memory_holds(fitting: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = sampler_of(tiny_model(seed=5))
+    expected = sampler.sample(PROMPTS, SAMPLING, seed=1)
+    # The longest prompt has 7 tokens, and 6 are written.
+    row = LanguageModel(tiny_model(seed=5)).decoding_bytes(13)
+    monkeypatch.setattr(local, "memory_budget", lambda device: fitting * row + row // 2)
+    decodes = Decodes(monkeypatch)
+    assert_same_rollouts(sampler.sample(PROMPTS, SAMPLING, seed=1), expected)
+    assert decodes.rows == [fitting] * (16 // fitting) + [16 % fitting] * (16 % fitting > 0)
+    decodes.rows.clear()
+    sampler.sample(PROMPTS, SAMPLING.model_copy(update={"max_batch_rows": 2}), seed=1)
+    assert decodes.rows == [min(2, fitting)] * (16 // min(2, fitting))
+
+
+def test_a_row_is_decoded_however_little_memory_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = sampler_of(tiny_model(seed=5))
+    monkeypatch.setattr(local, "memory_budget", lambda device: 0)
+    decodes = Decodes(monkeypatch)
+    sampler.sample(PROMPTS, SAMPLING, seed=1)
+    assert decodes.rows == [1] * 16
+
+
+def test_batches_that_do_not_fit_are_halved(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    sampler = sampler_of(tiny_model(seed=5))
+    sampling = SAMPLING.model_copy(update={"max_batch_rows": 14})
+    expected = sampler.sample(PROMPTS, sampling, seed=1)
+    decodes = Decodes(monkeypatch, most=3)
+    assert_same_rollouts(sampler.sample(PROMPTS, sampling, seed=1), expected)
+    assert decodes.failed == [14, 7, 4, 7, 4]
+    assert decodes.rows == [3, 2, 2, 3, 2, 2, 2]
+    assert [line for line in caplog.messages if "halves" in line] == [
+        f"out of memory with {rows} completions at once: decoding them in two halves" for rows in decodes.failed
+    ]
+
+
+def test_a_single_row_that_does_not_fit_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = sampler_of(tiny_model(seed=5))
+    decodes = Decodes(monkeypatch, most=0)
+    with pytest.raises(RunError, match=r"single completion; lower sampling.max_completion_tokens \(now 6\)"):
+        sampler.sample(PROMPTS, SAMPLING, seed=1)
+    assert decodes.failed == [16, 8, 4, 2, 1]
+
+
+def test_only_caches_that_cannot_choose_rows_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    for architecture in ("qwen3", "gemma2", "gemma3_text"):
+        sampler_of(tiny_model(architecture))
+    assert caplog.messages == []
+    sampler_of(tiny_model("lfm2"))
+    [message] = [record.message for record in caplog.records if record.name == "understudy"]
+    assert message.startswith("Lfm2ForCausalLM keeps states that rows cannot be chosen from")
+
+
+WORDS = ("<end>", "a", "b", "c", "d", "e")
+
+
+def test_stop_strings_end_completions() -> None:
+    """The token that completes one is the last; the rest is as if there had been none."""
+    tokenizer = tiny_tokenizer(WORDS)
+    text = ModelText("student", tokenizer, tokenizer.get_vocab(), 6, frozenset({EOS}), 64)
+    model = LanguageModel(tiny_model(seed=5))
+    sampling = SAMPLING.model_copy(update={"group_size": 16})
+    free = LocalSampler(model, stop_ids=frozenset({EOS})).sample(PROMPTS, sampling, seed=1)
+    stops = ("b c", "d d", "e a")
+    sampler = LocalSampler(model, stop_ids=frozenset({EOS}), ends=text.stop_test(stops))
+    ended = sampler.sample(PROMPTS, sampling, seed=1)
+    reasons: set[tuple[bool, str]] = set()
+    for rollout, whole in zip(chain(*ended), chain(*free), strict=True):
+        ids = list(whole.completion_ids)
+        words = [WORDS[token] for token in ids]
+        found = [n for n in range(2, len(ids) + 1) if " ".join(words[n - 2 : n]) in stops]
+        length = found[0] if found else len(ids)
+        assert list(rollout.completion_ids) == ids[:length]
+        assert rollout.sampler_logprobs == pytest.approx(whole.sampler_logprobs[:length], abs=1e-12)
+        assert rollout.finish_reason == ("stop" if found or ids[-1] == EOS else "length")
+        reasons.add((bool(found), rollout.finish_reason))
+    assert reasons == {(True, "stop"), (False, "stop"), (False, "length")}
+
+
 def test_out_of_memory_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(seed=5)
     sampler, teacher, trainer = sampler_of(model), teacher_of(model, batch_tokens=55), trainer_of(model)
     [batch] = micro_batches(examples(), micro_batch_tokens=99)
     trainer.forward_backward(batch, CrossEntropy())
+    sampler.sample(PROMPTS, SAMPLING, seed=1)
     monkeypatch.setattr(LanguageModel, "hidden", out_of_memory)
     monkeypatch.setattr(torch.optim.AdamW, "step", out_of_memory)
-    with pytest.raises(RunError, match=r"sampling; lower sampling.max_batch_rows \(now 3\)"):
-        sampler.sample(PROMPTS, SAMPLING.model_copy(update={"max_batch_rows": 3}), seed=1)
+    with pytest.raises(RunError, match=r"single completion; lower sampling.max_completion_tokens \(now 6\)"):
+        sampler.sample(PROMPTS, SAMPLING, seed=1)
     with pytest.raises(RunError, match=r"scoring; lower optim.micro_batch_tokens \(now 55\)"):
         teacher.compute_logprobs([TokenSequence([1], [2])])
-    with pytest.raises(RunError, match=r"training; lower optim.micro_batch_tokens \(now 16384\)"):
+    with pytest.raises(RunError, match=r"training; lower optim.micro_batch_tokens \(now 2048\)"):
         trainer.forward_backward(batch, CrossEntropy())
     with pytest.raises(RunError, match=r"updating the weights; train adapters \(\[student.lora\]\)"):
         trainer.optimizer_step(learning_rate=1e-2, divisor=4)

@@ -107,7 +107,7 @@ def test_every_command_on_every_architecture(
 
 
 def test_packing_changes_no_number(models: Path, tmp_path: Path) -> None:
-    """Rows of several sequences, sliding windows shorter than they are: the same losses to float64's rounding."""
+    """Rows of several sequences, sliding windows shorter than they are: the same losses to rounding."""
     losses = []
     for packing in (False, True):
         config = config_for(models, "gemma3", tmp_path, optim={"packing": packing})
@@ -116,7 +116,8 @@ def test_packing_changes_no_number(models: Path, tmp_path: Path) -> None:
         distilled(config)
         losses.append([(row["optim/loss"], row["optim/grad_norm"]) for row in metrics(Path(config["output_dir"]))])
     for one, other in zip(*losses, strict=True):
-        assert one == pytest.approx(other, rel=1e-9)
+        # transformers' norms round to float32 whatever the model's dtype: half a step is 6e-8 of a number.
+        assert one == pytest.approx(other, rel=1e-7)
 
 
 def test_generated_samples_are_rows_for_sft(models: Path, tmp_path: Path) -> None:
@@ -273,7 +274,8 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(
     monkeypatch.setattr(Qwen3MLP, "forward", counted)
     counts, rows = [], []
     for checkpointing in (False, True):
-        config = config_for(models, "qwen3", tmp_path)
+        # Groups of one: prompts that are shared would take two passes, and checkpointing rules that out.
+        config = config_for(models, "qwen3", tmp_path, sampling={"group_size": 1})
         config["output_dir"] = str(tmp_path / f"run-{checkpointing}")
         config["student"] |= {"model": str(tmp_path / "student"), "gradient_checkpointing": checkpointing}
         calls.clear()

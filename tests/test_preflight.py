@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from understudy import ConfigError, RunConfig, assembly
+from understudy import ConfigError, RunConfig, precision
 from understudy.backends import loading
 from understudy.preflight import check_run
 from user import WORDS, bpe_tokenizer, run_cli, save_model, tree, word_tokenizer, write_rows, write_toml
@@ -229,7 +229,7 @@ def test_a_mistake_is_refused_before_any_weights_are_read(
     write_toml(tmp_path / "run.toml", config)
     before = files(tmp_path)
     monkeypatch.setattr(loading, "load_model", refuse_weights)
-    monkeypatch.setattr(assembly, "load_model", refuse_weights)
+    monkeypatch.setattr(precision, "load_model", refuse_weights)
     code = run_cli(monkeypatch, method, "run.toml")
     message = capsys.readouterr().err
     assert code == 2, message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,63 @@ def test_no_end_at_all_must_be_settled_by_hand(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no end-of-text id"):
         resolve_stop_ids(text, {}, None)
     assert resolve_stop_ids(text, {}, (4, 5)) == {4, 5}
+
+
+STOP_TEXT = "Weng earns $12 an hour for babysitting. Yesterday, naïve she just did 50 minutes.\n\nQuestion: how — much?"
+
+
+@pytest.mark.parametrize(
+    "stop", ["\n\nQuestion:", "ng earn", "babysitting. Y", "ïv", "—", "W", "much?", "0 m", STOP_TEXT, "<|endoftext|>"]
+)
+def test_a_stop_string_is_found_at_the_token_that_completes_it(tmp_path: Path, stop: str) -> None:
+    """Wherever tokens begin and end: inside a word, across words, inside a character of several bytes."""
+    text = load_text(str(save_model(tmp_path / "m", bpe_tokenizer())), "student")
+    ids = [*text.encode_completion(STOP_TEXT), 0]
+    test = text.stop_test((stop,))
+    assert test is not None
+    first = next(n for n in range(1, len(ids) + 1) if stop in text.tokenizer.decode(ids[:n]))
+    assert [test(ids[:n]) for n in range(1, first + 1)] == [False] * (first - 1) + [True]
+    assert stop not in text.tokens(ids[:first]) or stop in ("W", "<|endoftext|>")  # it is split, but for one letter
+
+
+def test_any_of_several_stop_strings(tmp_path: Path) -> None:
+    text = load_text(str(save_model(tmp_path / "m", word_tokenizer())), "student")
+    test = text.stop_test(("w3 w4", "w1"))
+    assert test is not None
+    # A word is a token, and wN is N + 1: the first string needs both of its words, in a row.
+    assert [test([5, 4, 5][:n]) for n in (1, 2, 3)] == [False, False, True]
+    assert not test([4, 6, 5])
+    assert [test([6, 6, 2][:n]) for n in (1, 2, 3)] == [False, False, True]
+
+
+def test_a_stop_test_looks_at_the_end_only(tmp_path: Path) -> None:
+    """As far back as a string's bytes reach, and a few tokens more: its cost does not grow with the completion."""
+    text = load_text(str(save_model(tmp_path / "m", word_tokenizer())), "student")
+    seen: list[int] = []
+
+    class Tokenizer:
+        def decode(self, ids: list[int]) -> str:
+            seen.append(len(ids))
+            return text.tokenizer.decode(ids)
+
+    test = replace(text, tokenizer=Tokenizer()).stop_test(("w1 w2", "w3"))
+    assert test is not None
+    assert test([5] * 1000 + [4])
+    assert not test([4] + [5] * 1000)
+    assert max(seen) <= len("w1 w2") + 8
+
+
+def test_tokens_that_stand_for_nothing_do_not_hide_a_stop_string(tmp_path: Path) -> None:
+    class Tokenizer:
+        def decode(self, ids: list[int]) -> str:
+            return "".join("ab"[i] if i < 2 else "" for i in ids)
+
+    text = load_text(str(save_model(tmp_path / "m", word_tokenizer())), "student")
+    test = replace(text, tokenizer=Tokenizer()).stop_test(("ab",))
+    assert test is not None
+    assert test([1, 0, 2, 2, 2, 2, 1])
+    assert not test([1, 0, 2, 2, 2, 2])
+
+
+def test_no_stop_strings_no_test(tmp_path: Path) -> None:
+    assert load_text(str(save_model(tmp_path / "m", word_tokenizer())), "student").stop_test(()) is None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from understudy.backends.loading import LanguageModel
+from understudy.backends.language_model import LanguageModel
 from understudy.backends.local import LocalSampler, LocalTeacher, LocalTrainer
 from understudy.config import OptimConfig
 from understudy.types import Prompt, Rollout, TokenSequence

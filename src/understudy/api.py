@@ -212,7 +212,7 @@ def _write_samples(folder: RunFolder, checked: Checked, samples: SampleFile, qui
     if kept and costs_path.exists():
         costs = CostLedger.from_json(json.loads(costs_path.read_text(encoding="utf-8")))
     done = kept // sampling.group_size
-    local = LocalSampler(model, stop_ids=checked.stop_ids)
+    local = LocalSampler(model, stop_ids=checked.stop_ids, ends=checked.ends)
     metered = MeteredSampler(local, costs, "teacher_sampling", model.matmul_parameters()[0])
     sampler = ProgressSampler(metered, "generate", num_prompts=len(prompts), done=done, quiet=quiet)
     sources = {row.index: row.values for row in checked.rows}
@@ -247,7 +247,7 @@ def evaluate(config: RunConfig, *, quiet: bool = False) -> RunResult:
         config = config.model_copy(update={"student": _for_sampling(config.student)})
         model = load_student(config.student, vocab_size=checked.vocab_size)
         total = sum(len(task.prompts) * len(task.config.temperatures) for task in checked.tasks)
-        local = LocalSampler(model, stop_ids=checked.stop_ids)
+        local = LocalSampler(model, stop_ids=checked.stop_ids, ends=checked.ends)
         with contextlib.closing(ProgressSampler(local, "eval", num_prompts=total, quiet=quiet)) as sampler:
             metrics = evaluate_tasks(sampler, checked.tasks, checked.decode)
         folder.write_config(config)

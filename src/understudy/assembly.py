@@ -11,14 +11,10 @@ from typing import Any
 import torch
 
 from understudy.advantages import CreditRules
+from understudy.backends.language_model import LanguageModel, check_packing
 from understudy.backends.loading import (
-    LanguageModel,
-    check_packing,
-    fast_bfloat16,
-    load_model,
+    default_micro_batch_tokens,
     load_student,
-    meta_shape,
-    pick_device,
 )
 from understudy.backends.local import LocalSampler, LocalTeacher, LocalTrainer
 from understudy.backends.protocols import Sampler, Teacher, Trainer
@@ -27,21 +23,15 @@ from understudy.costs import CostLedger, MeteredSampler, MeteredTeacher, Metered
 from understudy.errors import ConfigError
 from understudy.evaluation import EvalTask
 from understudy.objectives import Objective
+from understudy.precision import choose_compute_dtype, load_teacher
 from understudy.preflight import Checked
 from understudy.prompts import batch_for_step
-from understudy.rollouts import step_seed
 from understudy.signals import Needs, build_objective, credit_rules, resolve_estimator, score_needs
 from understudy.tasks import Grader
-from understudy.teacher_scores import score_rollouts
 from understudy.tokenization import adapter_base
 from understudy.types import Prompt
 
 log = logging.getLogger("understudy")
-
-# Below this size a forward pass on a CPU is not dominated by matrix products, and bfloat16 gains nothing.
-_BF16_MIN_PARAMETERS = 5_000_000
-# "Far below the reverse KL": a lower-precision teacher may err by this share of the signal.
-_BF16_MAX_ERROR_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -102,11 +92,10 @@ def assemble(config: RunConfig, checked: Checked, costs: CostLedger, *, checkpoi
     tree."""
     set_threads(config)
     _check_given(config, checked, given)
-    temperature = config.sampling.temperature
     student = _student(config, checked, checkpoint, given)
     sizes = student.matmul_parameters() if student else (0, 0)
-    sampler = given.sampler or LocalSampler(_present(student), stop_ids=checked.stop_ids)
-    trainer = given.trainer or LocalTrainer(_present(student), config.optim, temperature=temperature)
+    config = _with_micro_batches(config, student)
+    sampler, trainer, config = _sampler_and_trainer(config, checked, student, given)
     teachers, config = _teachers(config, checked, student, sampler, given)
     reference, config = _reference(config, checked, student, sampler)
     effective = resolve_estimator(config, teachers)
@@ -129,6 +118,7 @@ def assemble(config: RunConfig, checked: Checked, costs: CostLedger, *, checkpoi
         batching={
             "micro_batch_tokens": config.optim.micro_batch_tokens,
             "packing": config.optim.packing,
+            "share_prompts": student is not None and student.shares_prompts,
             "device": student.device if student else "cpu",
             "dtype": torch.float64 if student and student.dtype == torch.float64 else torch.float32,
         },
@@ -145,6 +135,14 @@ def _with_estimator(config: RunConfig, estimator: str, taught: bool) -> RunConfi
     return config.model_copy(update={"objective": config.objective.model_copy(update={"estimator": estimator})})
 
 
+def _with_micro_batches(config: RunConfig, student: LanguageModel | None) -> RunConfig:
+    """The size of micro-batches, where the file gives none."""
+    if config.optim.micro_batch_tokens is not None:
+        return config
+    tokens = default_micro_batch_tokens(student.device if student else torch.device("cpu"))
+    return config.model_copy(update={"optim": config.optim.model_copy(update={"micro_batch_tokens": tokens})})
+
+
 def _student(config: RunConfig, checked: Checked, checkpoint: Path | None, given: Given) -> LanguageModel | None:
     """The model that is trained in this process, if any."""
     if isinstance(given.trainer, LocalTrainer):
@@ -152,12 +150,41 @@ def _student(config: RunConfig, checked: Checked, checkpoint: Path | None, given
     elif given.sampler is None or given.trainer is None:
         _check_student(config)
         student = load_student(config.student, vocab_size=checked.vocab_size, weights=checkpoint, seed=config.seed)
-        log.info("student %s: %s on %s", config.student.model, _dtype_name(student), student.device)
+        log.info("student %s: %s on %s", config.student.model, student.dtype_name, student.device)
     else:
         return None
     if config.optim.packing:
         check_packing(student)
     return student
+
+
+def _sampler_and_trainer(
+    config: RunConfig, checked: Checked, student: LanguageModel | None, given: Given
+) -> tuple[Sampler, Trainer, RunConfig]:
+    """Both in the precision that ``student.compute_dtype`` resolves to."""
+    temperature = config.sampling.temperature
+    if student is None or given.sampler or given.trainer:
+        if config.student.compute_dtype == "bfloat16":
+            raise ConfigError(
+                "student.compute_dtype",
+                got="bfloat16, and a sampler or trainer brought along",
+                expected="no precision: parts that are brought along decide on their own",
+                remedy='drop it, or leave it at "auto"',
+            )
+        sampler = given.sampler or LocalSampler(_present(student), stop_ids=checked.stop_ids, ends=checked.ends)
+        trainer = given.trainer or LocalTrainer(_present(student), config.optim, temperature=temperature)
+        return sampler, trainer, config
+
+    def in_precision(autocast: torch.dtype | None) -> tuple[LocalSampler, LocalTrainer]:
+        shadow = student.copy_in(autocast) if autocast else None
+        return (
+            LocalSampler(student, stop_ids=checked.stop_ids, shadow=shadow, ends=checked.ends),
+            LocalTrainer(student, config.optim, temperature=temperature, autocast=autocast),
+        )
+
+    sampler, trainer, dtype = choose_compute_dtype(config, student, checked.prompts, in_precision)
+    update = {"student": config.student.model_copy(update={"compute_dtype": dtype})}
+    return sampler, trainer, config.model_copy(update=update)
 
 
 def _check_student(config: RunConfig) -> None:
@@ -186,10 +213,6 @@ def _check_student(config: RunConfig) -> None:
         )
 
 
-def _dtype_name(model: LanguageModel) -> str:
-    return str(model.dtype).removeprefix("torch.")
-
-
 def _resolve_rest(config: RunConfig, checked: Checked, student: LanguageModel | None) -> RunConfig:
     """The student's dtype, what ends a completion and the weight of rewards, as they came out."""
     stop_ids = config.sampling.stop_token_ids
@@ -208,7 +231,7 @@ def _resolve_rest(config: RunConfig, checked: Checked, student: LanguageModel | 
     if checked.prompts:  # `sft` has no rewards to weigh
         update["objective"] = config.objective.model_copy(update={"reward_coef": config.reward_coef})
     if student:
-        update["student"] = config.student.model_copy(update={"dtype": _dtype_name(student)})
+        update["student"] = config.student.model_copy(update={"dtype": student.dtype_name})
     return config.model_copy(update=update)
 
 
@@ -283,7 +306,7 @@ def _teachers(
     resolved: dict[str, TeacherConfig] = {}
     for name, teacher_config in config.all_teachers.items():
         prompts = [p for p in checked.prompts if p.teacher == name]
-        teacher, dtype = _load_teacher(teacher_config, config, checked, student, sampler, prompts)
+        teacher, dtype = load_teacher(teacher_config, config, checked, student, sampler, prompts)
         teachers[name] = teacher
         resolved[name] = teacher_config.model_copy(update={"dtype": dtype})
         log.info("teacher %s: %s on %s", teacher_config.model, dtype, teacher.model.device)
@@ -300,80 +323,6 @@ def _reference(
     prompts = [
         replace(prompt, teacher_prompt_ids=None) for prompt in checked.prompts
     ]  # it reads what the student reads
-    reference, dtype = _load_teacher(config.reference, config, checked, student, sampler, prompts, role="reference")
+    reference, dtype = load_teacher(config.reference, config, checked, student, sampler, prompts, role="reference")
     log.info("reference %s: %s on %s", config.reference.model, dtype, reference.model.device)
     return reference, config.model_copy(update={"reference": config.reference.model_copy(update={"dtype": dtype})})
-
-
-def _load_teacher(
-    teacher: TeacherConfig,
-    config: RunConfig,
-    checked: Checked,
-    student: LanguageModel | None,
-    sampler: Sampler,
-    prompts: Sequence[Prompt],
-    *,
-    role: str = "teacher",
-) -> tuple[LocalTeacher, str]:
-    """A frozen teacher and the name of the dtype it ended up in."""
-    device = student.device if teacher.device == "auto" and student else pick_device(teacher.device)
-
-    def load(dtype: torch.dtype) -> LocalTeacher:
-        model = load_model(teacher.model, role=role, dtype=dtype, device=device).requires_grad_(False)
-        return LocalTeacher(
-            LanguageModel(model, vocab_size=checked.vocab_size),
-            temperature=config.sampling.temperature,
-            batch_tokens=config.optim.micro_batch_tokens,
-        )
-
-    if teacher.dtype != "auto":
-        return load(getattr(torch, teacher.dtype)), teacher.dtype
-    shape = meta_shape(teacher.model, role=role)
-    if student is not None and shape == student.shape:
-        log.info("%s %s has the student's shape: scored in the student's dtype", role, teacher.model)
-        return load(student.dtype), _dtype_name(student)
-    if _too_large_to_compare(sum(shape), device):
-        log.info("%s %s in bfloat16: two precisions of it do not fit in memory to be compared", role, teacher.model)
-        return load(torch.bfloat16), "bfloat16"
-    loaded = load(torch.float32)
-    large = sum(shape) >= _BF16_MIN_PARAMETERS
-    if not (large and fast_bfloat16(device) and prompts):
-        return loaded, "float32"
-    half = load(torch.bfloat16)
-    error, signal = _precision_error(loaded, half, sampler, prompts, config)
-    chosen = error <= _BF16_MAX_ERROR_SHARE * signal
-    log.info(
-        "%s %s in %s: bfloat16 errs by %.4f nats a token against a reverse KL of %.4f",
-        role,
-        teacher.model,
-        "bfloat16" if chosen else "float32",
-        error,
-        signal,
-    )
-    return (half, "bfloat16") if chosen else (loaded, "float32")
-
-
-def _too_large_to_compare(num_parameters: int, device: torch.device) -> bool:
-    """Whether a float32 and a bfloat16 copy would not fit on this GPU (a CPU has the host's memory)."""
-    if device.type != "cuda":
-        return False
-    return 6 * num_parameters > 0.8 * torch.cuda.mem_get_info(device)[0]
-
-
-def _precision_error(
-    exact: LocalTeacher, half: LocalTeacher, sampler: Sampler, prompts: Sequence[Prompt], config: RunConfig
-) -> tuple[float, float]:
-    """(mean |difference| of the two precisions, mean reverse KL), nats per token, on a few of the student's
-    completions."""
-    length = min(64, config.sampling.max_completion_tokens)
-    sampling = config.sampling.model_copy(update={"group_size": 1, "max_completion_tokens": length})
-    groups = sampler.sample(list(prompts[:16]), sampling, seed=step_seed(config.seed, 2**31))
-    rollouts = [rollout for group in groups for rollout in group]
-    names = {rollout.prompt.teacher for rollout in rollouts}
-    exact_scores = score_rollouts(dict.fromkeys(names, exact), rollouts, "sampled")
-    half_scores = score_rollouts(dict.fromkeys(names, half), rollouts, "sampled")
-    errors, gaps = [], []
-    for rollout, right, rough in zip(rollouts, exact_scores, half_scores, strict=True):
-        errors += [abs(a - b) for a, b in zip(right.teacher_logprobs, rough.teacher_logprobs, strict=True)]
-        gaps += [p - q for p, q in zip(rollout.sampler_logprobs, right.teacher_logprobs, strict=True)]
-    return sum(errors) / len(errors), sum(gaps) / len(gaps)

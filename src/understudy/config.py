@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -42,6 +42,10 @@ class StudentConfig(Section):
     dtype: Dtype = "auto"
     """Weights' precision. auto: float32 (one master copy), or bfloat16 under adapters on a GPU; in `eval`: bfloat16 on
     a GPU that is fast at it."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of matrix products over float32 weights. bfloat16: samples with a copy that every update refreshes,
+    trains under autocast. auto: bfloat16 where the hardware multiplies it, the model is large enough to gain, and a few
+    completions show that sampler and trainer agree; else float32."""
     device: str = "auto"
     """auto: cuda, then mps, then cpu."""
     lora: LoraConfig | None = None
@@ -110,8 +114,10 @@ class SamplingConfig(Section):
     """0: off; for `generate`, refused in training."""
     stop_token_ids: tuple[int, ...] | None = None
     """What ends a completion. Absent: the model's own end-of-text ids, which student and teacher must share."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Strings that end a completion, beside stop_token_ids; the token that completes one is its last."""
     max_batch_rows: int = Field(default=256, ge=1)
-    """Completions decoded at once: bounds the KV cache, changes no result beyond float noise."""
+    """Completions decoded at once, where memory holds as many: changes no result beyond float noise."""
 
 
 class RewardConfig(Section):
@@ -149,8 +155,9 @@ class OptimConfig(Section):
     """Decoupled weight decay."""
     grad_clip: float = Field(default=1.0, ge=0)
     """Clip the gradient's norm; 0: never."""
-    micro_batch_tokens: int = Field(default=16384, ge=1)
-    """Tokens (padding included) in one forward-backward pass; splitting a step changes no gradient."""
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    """Tokens (padding included) in one forward-backward or scoring pass; splitting a step changes no gradient. Absent:
+    16384 on a GPU, 2048 on a CPU, whose caches hold no more."""
     packing: bool = False
     """Put several sequences in one row, kept apart by the attention mask, instead of padding."""
 

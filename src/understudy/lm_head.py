@@ -26,6 +26,7 @@ from understudy.head_kernels import (
     topk_kernel,
 )
 from understudy.losses import Reduction, check_finite, divergence_metrics
+from understudy.sampling_kernel import Drawer
 from understudy.types import LossOutput
 
 
@@ -111,6 +112,15 @@ def head_topk(head: LMHead, hidden: Tensor, k: int, *, temperature: float = 1.0)
     own, projection = _projected(head, hidden, temperature)
     with detached(hidden.device):
         return topk_kernel(projection, own, min(k, head.vocab_size))
+
+
+def head_drawer(head: LMHead, rows: int, *, temperature: float = 1.0) -> Drawer:
+    """What draws the next token of up to ``rows`` hidden states at once from the softmax of logits / temperature."""
+    weight, bias = head.weight.detach(), head.bias
+    projection = Projection(
+        weight, None if bias is None else bias.detach(), head.vocab_size, head.softcap, head.scale, temperature
+    )
+    return Drawer(projection, rows)
 
 
 def logprob_loss(

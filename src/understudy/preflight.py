@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,6 +30,7 @@ class Checked:
     student: ModelText
     teachers: Mapping[str, ModelText]
     stop_ids: frozenset[int]
+    ends: Callable[[Sequence[int]], bool] | None
     special_ids: frozenset[int]
     vocab_size: int
     prompts: Sequence[Prompt]
@@ -75,6 +76,7 @@ def check_run(config: RunConfig, method: Method, *, grader: Grader | None = None
         student=student,
         teachers=teachers,
         stop_ids=stop_ids,
+        ends=student.stop_test(config.sampling.stop),
         special_ids=frozenset(student.tokenizer.all_special_ids) - stop_ids,
         vocab_size=vocab_size,
         prompts=prompts,

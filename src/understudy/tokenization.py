@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,14 @@ class ModelText:
     def encode_completion(self, text: str) -> list[int]:
         """Text that continues a prompt -> token ids, nothing added."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def stop_test(self, stop: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
+        """Whether a completion that had none of these strings one token ago has one now; None for no strings."""
+        if not stop:
+            return None
+        # A token adds a byte or more; a few stand for nothing.
+        tail = max(len(text.encode()) for text in stop) + 8
+        return lambda ids: any(text in self.tokenizer.decode(list(ids[-tail:])) for text in stop)
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """Each id as the text it stands for, for people to read."""

@@ -136,14 +136,34 @@ class TrainingExample:
 
 
 @dataclass(frozen=True)
+class Continuation:
+    """Completions of like length that continue prompts which have been through the model: ``input_ids`` [B, L], padded
+    on the right, and for each the number of its prompt: ``rows`` [B]."""
+
+    input_ids: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True)
+class SharedPrompts:
+    """Several completions to a prompt, which goes through the model once. The batch's rows are prompts padded on the
+    left: ``attention_mask`` [G, P]."""
+
+    attention_mask: Tensor
+    continuations: Sequence[Continuation]
+
+
+@dataclass(frozen=True)
 class Batch:
     """A micro-batch. ``input_ids`` [B, L] goes through the model; the rest is flat over its N completion tokens.
 
     ``token_index`` [N] points into the flattened [B * L] hidden states: entry n is the position that *predicts*
-    ``target_ids[n]``. ``position_ids`` [1, L] is given for packed rows (several sequences in one row) only.
-    ``sequence_tokens`` counts prompts and completions, padding left out; ``num_sequences`` counts completions with a
-    token that trains. ``teacher_hidden`` and ``reference_hidden`` [N, H] wait on the CPU; the trainer moves them to its
-    own device with the micro-batch they belong to.
+    ``target_ids[n]``. With ``shared`` prompts, the rows are prompts alone, and ``token_index`` points into their hidden
+    states followed by those of each continuation, flattened. ``position_ids``
+    [1, L] is given for packed rows (several sequences in one row) only. ``sequence_tokens`` counts prompts and
+    completions, padding left out; ``num_sequences`` counts completions with a token that trains. ``teacher_hidden`` and
+    ``reference_hidden`` [N, H] wait on the CPU; the trainer moves them to its own device with the micro-batch they
+    belong to.
     """
 
     input_ids: Tensor
@@ -161,6 +181,7 @@ class Batch:
     topk_ids: Tensor | None = None
     topk_logprobs: Tensor | None = None
     weights: Tensor | None = None
+    shared: SharedPrompts | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -27,12 +27,12 @@ from tiny import (
     sampler_of,
     teacher_of,
     tiny_model,
-    trainer_of,
 )
 from understudy.advantages import CreditRules, training_examples
+from understudy.backends.language_model import LanguageModel
 from understudy.backends.local import LocalTeacher, LocalTrainer
 from understudy.batching import micro_batches
-from understudy.config import SamplingConfig
+from understudy.config import OptimConfig, SamplingConfig
 from understudy.objectives import FullDivergence, Mixture, Objective, PolicyGradient
 from understudy.optimizer_step import optimizer_step
 from understudy.rollouts import sample_rollouts
@@ -56,13 +56,15 @@ class World:
         context: Sequence[int] | None = None,
         same: bool = False,
         dtype: torch.dtype = torch.float64,
+        share_prompts: bool = True,
     ) -> None:
         student = tiny_model(seed=1, vocab_size=vocab_size, dtype=dtype)
         teacher = tiny_model(seed=1 if same else 2, vocab_size=vocab_size, dtype=dtype)
         self.temperature, self.dtype = temperature, dtype
         self.oracle = Oracle(student, teacher, PROMPT, horizon, temperature=temperature, teacher_prompt=context)
-        self.trainer: LocalTrainer = trainer_of(student, temperature=temperature, grad_clip=0)
-        self.teacher: LocalTeacher = teacher_of(teacher, temperature=temperature)
+        own, other = (LanguageModel(model, share_prompts=share_prompts) for model in (student, teacher))
+        self.trainer = LocalTrainer(own, OptimConfig(grad_clip=0), temperature=temperature)
+        self.teacher = LocalTeacher(other, temperature=temperature)
         self.prompt: Prompt = prompt_of(PROMPT, teacher_prompt_ids=context)
         self.completions = self.oracle.completions
         sequences = [TokenSequence(PROMPT, c) for c in self.completions]
@@ -86,7 +88,9 @@ class World:
         return FullDivergence({"default": self.teacher.head}, kl_coef, self.temperature)
 
     def batch(self, examples: Sequence[TrainingExample]) -> Batch:
-        [batch] = micro_batches(examples, micro_batch_tokens=10**6, dtype=self.dtype)
+        """Arranged as runs arrange it."""
+        sharing = self.trainer.model.shares_prompts
+        [batch] = micro_batches(examples, micro_batch_tokens=10**6, dtype=self.dtype, share_prompts=sharing)
         return batch
 
     def run(self, examples: Sequence[TrainingExample], objective: Objective) -> tuple[float, Tensor]:
@@ -246,9 +250,11 @@ def test_reward_gradient_over_groups(kind: str) -> None:
     assert relative_error(expected, exact) < EXACT
 
 
+@pytest.mark.parametrize("share_prompts", [True, False], ids=["shared prompts", "padded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_teacher_equal_to_the_student_teaches_exactly_nothing(dtype: torch.dtype) -> None:
-    world = World(same=True, dtype=dtype)
+def test_a_teacher_equal_to_the_student_teaches_exactly_nothing(dtype: torch.dtype, share_prompts: bool) -> None:
+    world = World(same=True, dtype=dtype, share_prompts=share_prompts)
+    assert (world.batch(world.examples()).shared is not None) == share_prompts
     for example in world.examples():
         assert example.advantages is not None
         assert set(example.advantages) == {0.0}

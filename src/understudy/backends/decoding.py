@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from understudy.backends.loading import LanguageModel
+from understudy.backends.cache import new_cache, select_rows
+from understudy.backends.language_model import LanguageModel
+from understudy.lm_head import LMHead, head_drawer
+from understudy.sampling_kernel import float64_device, invert
+
+# Nucleus sampling looks among this many of the likeliest tokens first: sorting a vocabulary costs more than the head.
+_NUCLEUS = 1024
 
 
 def rollout_uniforms(seed: int, prompt_index: int, sample_index: int, length: int) -> np.ndarray:
@@ -17,44 +23,41 @@ def rollout_uniforms(seed: int, prompt_index: int, sample_index: int, length: in
     return np.random.default_rng([seed, prompt_index, sample_index]).random(length)
 
 
-def float64_device(device: torch.device) -> torch.device:
-    """Where float64 is to be had: sums over a vocabulary want it, and MPS has none."""
-    return torch.device("cpu") if device.type == "mps" else device
+class TokenChooser:
+    """Draws the next token of up to ``rows`` rows by inverse CDF. Log-probabilities are at ``temperature`` (at 1 for
+    greedy, temperature 0), before top-p and top-k."""
+
+    def __init__(self, head: LMHead, *, rows: int, temperature: float, top_p: float = 1.0, top_k: int = 0) -> None:
+        self._greedy = temperature == 0
+        self._truncated = not self._greedy and (top_p < 1 or 0 < top_k < head.vocab_size)
+        self._head, self._temperature, self._top_p, self._top_k = head, temperature, top_p, top_k
+        self._drawer = None if self._truncated else head_drawer(head, rows, temperature=temperature or 1.0)
+
+    def __call__(self, hidden: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states [n, H], uniforms [n] float64 -> (ids [n], logprobs [n])."""
+        if self._drawer is not None:
+            return self._drawer.draw(hidden, None if self._greedy else uniforms)
+        logprobs = self._head.logprobs(hidden, temperature=self._temperature)
+        ids = _draw_truncated(logprobs, uniforms, self._top_p, self._top_k)
+        return ids, logprobs.gather(-1, ids[:, None])[:, 0]
 
 
-def choose_tokens(
-    logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float = 1.0, top_k: int = 0
-) -> tuple[Tensor, Tensor]:
-    """One token per row by inverse CDF: logits [B, V], uniforms [B] float64 -> (ids [B], logprobs [B]).
-
-    Log-probabilities are at ``temperature`` (at 1 for greedy, temperature 0), before top-p and top-k.
-    """
-    greedy = temperature == 0
-    logprobs = torch.log_softmax(logits if greedy else logits / temperature, dim=-1)
-    if greedy:
-        ids = logits.argmax(-1)
-    else:
-        exact = float64_device(logits.device)
-        probabilities = _truncated(logprobs, top_p, top_k).to(exact, torch.float64)
-        cumulative = probabilities.cumsum(-1)
-        # Strictly below the total, so that rounding cannot select past the last token that has any mass.
-        point = uniforms.to(exact).clamp(max=1 - 2.0**-32) * cumulative[:, -1]
-        ids = torch.searchsorted(cumulative, point[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-        ids = ids.to(logits.device)
-    return ids, logprobs.gather(-1, ids[:, None])[:, 0]
-
-
-def _truncated(logprobs: Tensor, top_p: float, top_k: int) -> Tensor:
-    """Probabilities with everything outside the top k and the smallest set of mass >= top_p set to zero."""
-    probabilities = logprobs.exp()
-    if 0 < top_k < probabilities.shape[-1]:
-        kth = probabilities.topk(top_k, dim=-1).values[:, -1:]
-        probabilities = torch.where(probabilities < kth, 0.0, probabilities)
-    if top_p < 1:
-        ordered, order = (probabilities / probabilities.sum(-1, keepdim=True)).sort(-1, descending=True)
-        outside = ordered.cumsum(-1) - ordered >= top_p  # the token that crosses top_p still belongs to the set
-        probabilities = probabilities.masked_fill(outside.gather(-1, order.argsort(-1)), 0.0)
-    return probabilities
+def _draw_truncated(logprobs: Tensor, uniforms: Tensor, top_p: float, top_k: int) -> Tensor:
+    """A token [n] of the ``top_k`` likeliest (0: all) and of the smallest set of them with mass >= ``top_p``."""
+    exact = float64_device(logprobs.device)
+    size = logprobs.shape[-1]
+    values, ids = logprobs.topk(min(size, top_k or _NUCLEUS))
+    if not top_k and bool((values.exp().sum(-1) < top_p).any()):
+        values, ids = logprobs.sort(dim=-1, descending=True)
+    probabilities = values.to(exact, torch.float64).exp()
+    before = probabilities.cumsum(-1) - probabilities
+    total = probabilities.sum(-1, keepdim=True) if top_k or probabilities.shape[-1] == size else 1.0
+    # The likeliest token always stays, and the one that crosses top_p belongs to the set.
+    outside = before >= top_p * total
+    outside[:, 0] = False
+    ids, order = ids.to(exact).sort(dim=-1)
+    kept = probabilities.masked_fill(outside, 0.0).gather(-1, order).cumsum(-1)
+    return ids.gather(-1, invert(kept, uniforms.to(exact))[0][:, None])[:, 0].to(logprobs.device)
 
 
 @torch.no_grad()
@@ -64,56 +67,70 @@ def decode(
     uniforms: np.ndarray,
     *,
     stop_ids: frozenset[int],
-    max_tokens: int,
+    max_tokens: Sequence[int],
     temperature: float,
     top_p: float = 1.0,
     top_k: int = 0,
+    ends: Callable[[Sequence[int]], bool] | None = None,
 ) -> list[tuple[list[int], list[float]]]:
-    """Complete every prompt: (completion ids, their log-probabilities) per row. ``uniforms`` [B, >= max_tokens].
+    """Complete every prompt: (completion ids, their log-probabilities) per row, at most ``max_tokens`` of them.
 
-    Prompts are padded on the left and the padding masked, so that all rows append to the cache together. Rows that have
-    ended leave the batch once they are an eighth of it (compacting the cache is not free) where the cache can drop
-    rows.
+    ``uniforms`` [B, >= max(max_tokens)]. ``ends`` (completion so far) -> whether it ends here, beside ``stop_ids``.
+
+    Prompts that are equal go through the model once. Others are padded on the left and the padding masked, so that all
+    rows append to the cache together. Rows that have ended leave the batch once they are an eighth of it (compacting
+    the cache is not free). Architectures whose cache cannot choose rows do neither.
     """
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=model.device)
-    lengths = torch.tensor([len(p) for p in prompts], device=model.device)
-    mask = (torch.arange(width, device=model.device) >= (width - lengths)[:, None]).long()
-    ragged = bool((lengths != width).any())
-    draws = torch.tensor(uniforms, dtype=torch.float64, device=float64_device(model.device))
-    stop = torch.tensor(sorted(stop_ids), device=model.device)
-    rows = torch.arange(len(prompts), device=model.device)  # the batch's rows -> the caller's
-    finished = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
-    head, cache = model.head, None
-    written: list[tuple[Tensor, Tensor, Tensor]] = []
-    for t in range(max_tokens):
+    device = model.device
+    cache = new_cache(model.config)
+    can_select = cache is not None
+    distinct = list(dict.fromkeys(map(tuple, prompts))) if can_select else list(map(tuple, prompts))
+    ids, mask = _left_padded(distinct, device)
+    ragged = not bool(mask.all())
+    rows = torch.arange(len(prompts), device=device)  # the batch's rows -> the caller's
+    written = torch.zeros(len(prompts), max(max_tokens), dtype=torch.long, device=device)
+    logprobs = torch.zeros(written.shape, dtype=torch.promote_types(model.dtype, torch.float32), device=device)
+    lengths = torch.zeros(len(prompts), dtype=torch.long, device=device)
+    limits = torch.tensor(max_tokens, device=device)
+    draws = torch.tensor(uniforms, dtype=torch.float64, device=float64_device(device))
+    stop = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    choose = TokenChooser(model.head, rows=len(prompts), temperature=temperature, top_p=top_p, top_k=top_k)
+    for t in range(max(max_tokens)):
         inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
         if ragged:
             inputs |= {"attention_mask": mask, "position_ids": _positions(mask, ids.shape[1])}
         output = model.hidden(ids, **inputs)
-        cache = output.past_key_values
-        logits = head.logits(output.last_hidden_state[:, -1])
-        tokens, logprobs = choose_tokens(
-            logits, draws[rows.to(draws.device), t], temperature=temperature, top_p=top_p, top_k=top_k
-        )
-        written.append((rows[~finished], tokens[~finished], logprobs[~finished]))
-        finished = finished | torch.isin(tokens, stop)
+        cache, hidden = output.past_key_values, output.last_hidden_state[:, -1]
+        if t == 0 and len(distinct) < len(prompts):
+            numbers = {prompt: i for i, prompt in enumerate(distinct)}
+            index = torch.tensor([numbers[tuple(prompt)] for prompt in prompts], device=device)
+            select_rows(cache, index)
+            hidden, mask = hidden[index], mask[index]
+        tokens, own = choose(hidden, draws[rows.to(draws.device), t])
+        written[rows, t], logprobs[rows, t] = tokens, own
+        lengths[rows] += ~finished
+        finished = finished | torch.isin(tokens, stop) | (t + 1 >= limits[rows])
+        if ends is not None:
+            finished = finished | _ended(ends, written[rows, : t + 1], finished)
         if finished.all():
             break
-        if int(finished.sum()) * 8 >= len(rows) and _can_drop_rows(cache):
+        if can_select and int(finished.sum()) * 8 >= len(rows):
             keep = (~finished).nonzero()[:, 0]
-            cache.batch_select_indices(keep)
+            select_rows(cache, keep)
             rows, tokens, mask, finished = rows[keep], tokens[keep], mask[keep], finished[keep]
         ids = tokens[:, None]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    return _per_row(written, len(prompts))
+    columns = zip(written.tolist(), logprobs.tolist(), lengths.tolist(), strict=True)
+    return [(own_ids[:n], own[:n]) for own_ids, own, n in columns]
 
 
-def _can_drop_rows(cache: Any) -> bool:
-    """Whether every layer's state is keys and values. States of convolutions and linear attention (hybrids) cannot be
-    selected from, and layers with both inherit a selection that forgets the state."""
-    layers = getattr(cache, "layers", None) or [None]
-    return all(hasattr(layer, "batch_select_indices") and not hasattr(layer, "conv_states") for layer in layers)
+def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask [B, L]."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    return ids, (torch.arange(width, device=device) >= (width - lengths)[:, None]).long()
 
 
 def _positions(mask: Tensor, length: int) -> Tensor:
@@ -121,10 +138,7 @@ def _positions(mask: Tensor, length: int) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)[:, -length:]
 
 
-def _per_row(written: Sequence[tuple[Tensor, Tensor, Tensor]], num_rows: int) -> list[tuple[list[int], list[float]]]:
-    completions: list[tuple[list[int], list[float]]] = [([], []) for _ in range(num_rows)]
-    for rows, tokens, logprobs in written:
-        for row, token, logprob in zip(rows.tolist(), tokens.tolist(), logprobs.tolist(), strict=True):
-            completions[row][0].append(token)
-            completions[row][1].append(logprob)
-    return completions
+def _ended(ends: Callable[[Sequence[int]], bool], written: Tensor, finished: Tensor) -> Tensor:
+    """Rows [n] whose text ends here; those that have finished are not looked at."""
+    rows = zip(written.tolist(), finished.tolist(), strict=True)
+    return torch.tensor([not over and ends(ids) for ids, over in rows], device=written.device)

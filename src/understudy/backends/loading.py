@@ -1,4 +1,4 @@
-"""Hub id or folder -> a model ready for its role: device, dtype, adapters, and its head apart from its body."""
+"""Hub id or folder -> a model ready for its role: device, dtype, adapters."""
 
 from __future__ import annotations
 
@@ -10,115 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from understudy.backends.attention import use_matmul_attention
+from understudy.backends.language_model import LanguageModel, shape_of
 from understudy.config import Dtype, LoraConfig, StudentConfig
 from understudy.errors import ConfigError
-from understudy.lm_head import LMHead
 from understudy.tokenization import adapter_base
 
 log = logging.getLogger("understudy")
-
-
-class LanguageModel:
-    """A causal language model split where distillation needs it: hidden states, then the head.
-
-    ``vocab_size`` restricts the head to the ids every role knows (padding rows beyond them mean nothing).
-    """
-
-    def __init__(self, model: nn.Module, *, vocab_size: int | None = None) -> None:
-        self.model: Any = model.eval()  # dropout off in every role: sampler and trainer must agree
-        base = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore[reportCallIssue]
-        self._causal: Any = base
-        self._body: Any = base.base_model  # pyright: ignore[reportAttributeAccessIssue]
-        self._vocab_size = vocab_size
-        self.device: torch.device = next(model.parameters()).device
-        self.dtype: torch.dtype = self._causal.get_output_embeddings().weight.dtype
-        _check_head(self)
-
-    @property
-    def head(self) -> LMHead:
-        """The head over the live weights."""
-        output = self._causal.get_output_embeddings()
-        config = self._causal.config.get_text_config()
-        scale = getattr(config, "logit_scale", None) or 1.0
-        scale = scale / (getattr(config, "logits_scaling", None) or 1.0)
-        head = LMHead(_whole_weight(output), output.bias, getattr(config, "final_logit_softcapping", None), scale)
-        return head if self._vocab_size is None else head.sliced(self._vocab_size)
-
-    def hidden(self, input_ids: Tensor, **inputs: Any) -> Any:
-        """The body's output for [B, L] ids: ``last_hidden_state`` [B, L, H] and, with a cache, ``past_key_values``."""
-        return self._body(input_ids=input_ids, **inputs)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """What makes two models the same architecture at the same size: the matrices' sizes, adapters left out."""
-        return _shape_of(self._causal)
-
-    def matmul_parameters(self) -> tuple[int, int]:
-        """(all, trainable) weights a token is multiplied with: no look-up embeddings, no biases, the head included."""
-        embedding = self._causal.get_input_embeddings().weight
-        head = self._causal.get_output_embeddings().weight
-        matrices = [p for p in self._causal.parameters() if p.dim() > 1 and p is not embedding and p is not head]
-        matrices.append(head)
-        return sum(p.numel() for p in matrices), sum(p.numel() for p in matrices if p.requires_grad)
-
-
-def _whole_weight(output: Any) -> Tensor:
-    """The head's weight, with its adapters' contribution where it has adapters; gradients flow into both. Adapters are
-    float32, and so is the sum: in bfloat16 a small contribution would round away."""
-    if not hasattr(output, "lora_A") or output.merged or output.disable_adapters:
-        return output.weight
-    return output.weight + sum(output.get_delta_weight(name) for name in output.active_adapters)
-
-
-def _shape_of(model: nn.Module) -> tuple[int, ...]:
-    return tuple(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and "lora_" not in name)
-
-
-@torch.no_grad()
-def _check_head(model: LanguageModel) -> None:
-    """Refuse architectures that do something to logits that ``LMHead`` does not know, instead of training on wrong
-    ones."""
-    ids = torch.arange(1, 5, device=model.device)[None]
-    whole = model.model(input_ids=ids, use_cache=False).logits[0]
-    width = model.head.vocab_size
-    ours = model.head.logits(model.hidden(ids, use_cache=False).last_hidden_state[0])
-    error = float((whole[:, :width].to(ours.dtype) - ours).abs().max())
-    # Both passes compute the same hidden states, so that only the head's own roundings differ. In bfloat16 each is at
-    # most 2**-9 of a logit, and scaling with soft-capping is half a dozen of them.
-    tolerance = {torch.float32: 1e-3, torch.float64: 1e-6}.get(model.dtype, 0.03)
-    if not error <= tolerance * float(ours.abs().max()):
-        raise ConfigError(
-            f"architecture {type(model.model).__name__}",
-            got=f"logits that differ by {error:.3g} from the LM head applied to the last hidden state",
-            expected="a linear head, with soft-capping or scaling at most",
-            remedy="use another architecture, or open a feature request with the model's name",
-        )
-
-
-@torch.no_grad()
-def check_packing(model: LanguageModel) -> None:
-    """Refuse models for which a row of several sequences is not what the sequences are one by one: layers with a state
-    (convolutions, linear attention) and some attention masks take no notice of position ids that restart."""
-    width = model.head.vocab_size
-    first = torch.arange(1, 9, device=model.device)[None] % width
-    second = torch.arange(11, 3, -1, device=model.device)[None] % width
-    positions = torch.arange(8, device=model.device).repeat(2)[None]
-    packed = model.hidden(torch.cat([first, second], 1), position_ids=positions, use_cache=False).last_hidden_state
-    alone = model.hidden(second, use_cache=False).last_hidden_state.double()
-    error = float((packed[:, 8:].double() - alone).norm() / alone.norm())
-    # Rounding differs by the row's length and adds up over layers; a leak moves hidden states by a share of themselves.
-    tolerance = {torch.float32: 1e-3, torch.float64: 1e-6}.get(model.dtype, 0.05)
-    if not error <= tolerance:
-        raise ConfigError(
-            "optim.packing",
-            got=f"true for {type(model.model).__name__}, where a sequence changes with its neighbour in the row "
-            f"(hidden states by {error:.1%})",
-            expected="an architecture whose layers keep packed sequences apart",
-            remedy="set optim.packing = false",
-        )
 
 
 def pick_device(device: str) -> torch.device:
@@ -139,10 +40,15 @@ def pick_device(device: str) -> torch.device:
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 products run on matrix hardware here (elsewhere they are slower than float32)."""
+    """Whether this hardware multiplies bfloat16 (elsewhere it is slower than float32)."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def default_micro_batch_tokens(device: torch.device) -> int:
+    """Tokens in one pass: enough to fill a GPU; on a CPU, what caches hold."""
+    return 2048 if device.type == "cpu" else 16384
 
 
 def meta_shape(model: str, *, role: str) -> tuple[int, ...]:
@@ -151,7 +57,7 @@ def meta_shape(model: str, *, role: str) -> tuple[int, ...]:
 
     with _explained(model, role), torch.device("meta"):
         config = AutoConfig.from_pretrained(adapter_base(Path(model)) or model)
-        return _shape_of(AutoModelForCausalLM.from_config(config))
+        return shape_of(AutoModelForCausalLM.from_config(config))
 
 
 @contextlib.contextmanager
@@ -188,7 +94,10 @@ def load_model(model: str, *, role: str, dtype: torch.dtype, device: torch.devic
             raise ValueError(f"weights without {', '.join(sorted(report['missing_keys'])[:3])}")
         if base is not None:
             loaded = _peft().PeftModel.from_pretrained(loaded, model).merge_and_unload()
-    return loaded.to(device)
+    loaded = loaded.to(device)
+    if device.type == "cpu":
+        use_matmul_attention(loaded)
+    return loaded
 
 
 def load_student(
@@ -210,7 +119,7 @@ def load_student(
         model = _with_adapters(base, config.lora, weights, seed)
     if config.gradient_checkpointing:
         _recompute_layers(model)
-    return LanguageModel(model, vocab_size=vocab_size)
+    return LanguageModel(model, vocab_size=vocab_size, share_prompts=not config.gradient_checkpointing)
 
 
 def _recompute_layers(model: nn.Module) -> None:

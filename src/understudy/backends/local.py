@@ -4,9 +4,10 @@ weights."""
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from understudy.backends.cache import new_cache
 from understudy.backends.decoding import decode, rollout_uniforms
-from understudy.backends.loading import LanguageModel
-from understudy.batching import lay_out, plan_batches
+from understudy.backends.language_model import LanguageModel
+from understudy.backends.loading import default_micro_batch_tokens
+from understudy.backends.memory import memory_budget
+from understudy.batching import Layout, lay_out, plan_batches
 from understudy.config import OptimConfig, SamplingConfig
 from understudy.errors import RunError
 from understudy.lm_head import LMHead, head_logprobs, head_topk
@@ -35,6 +39,8 @@ from understudy.types import (
     TopkScores,
 )
 
+log = logging.getLogger("understudy")
+
 
 @contextlib.contextmanager
 def _enough_memory(work: str, remedy: str) -> Iterator[None]:
@@ -45,21 +51,49 @@ def _enough_memory(work: str, remedy: str) -> Iterator[None]:
         raise RunError(f"out of GPU memory while {work}; {remedy}") from error
 
 
-class LocalSampler:
-    """Writes with the trainer's own weights, so a sync moves nothing."""
+def _autocast(model: LanguageModel, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Matrix products in ``dtype``; None: in that of their operands."""
+    return torch.autocast(model.device.type, dtype) if dtype else contextlib.nullcontext()
 
-    def __init__(self, model: LanguageModel, *, stop_ids: frozenset[int]) -> None:
-        self._model = model
+
+class LocalSampler:
+    """Writes with the trainer's own weights, so that a sync moves nothing; or, with a ``shadow``, with a copy of them
+    in another dtype, which a sync refreshes.
+
+    ``ends`` (completion so far) -> whether a stop string ends it here.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        stop_ids: frozenset[int],
+        shadow: LanguageModel | None = None,
+        ends: Callable[[Sequence[int]], bool] | None = None,
+    ) -> None:
+        self._source = model
+        self._model = shadow or model
         self._stop_ids = stop_ids
+        self._ends = ends
         self._policy_version = 0
+        if new_cache(model.config) is None:
+            log.warning(
+                "%s keeps states that rows cannot be chosen from: prompts are not shared by their group, and finished "
+                "rows stay in the batch",
+                type(model.model).__name__,
+            )
 
     def set_policy_version(self, version: int) -> None:
         """See ``Sampler.set_policy_version``."""
         self._policy_version = version
+        if self._model is not self._source:
+            self._model.take_weights(self._source)
 
     def sample(self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, seed: int) -> list[list[Rollout]]:
         """See ``Sampler.sample``. A prompt that stands twice in ``prompts`` gets further samples, not the same
         again."""
+        if not prompts:
+            return []
         seen: Counter[int] = Counter()
         jobs: list[tuple[Prompt, int]] = []
         for prompt in prompts:
@@ -69,38 +103,60 @@ class LocalSampler:
         rollouts: list[Rollout | None] = [None] * len(jobs)
         # Like lengths decode together: less padding. Results do not depend on it.
         order = sorted(range(len(jobs)), key=lambda i: len(jobs[i][0].prompt_ids))
-        for start in range(0, len(order), sampling.max_batch_rows):
-            chosen = order[start : start + sampling.max_batch_rows]
+        size = self._rows_at_once(jobs, sampling)
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
             for i, rollout in zip(chosen, self._rollouts([jobs[i] for i in chosen], sampling, seed), strict=True):
                 rollouts[i] = rollout
         done = [rollout for rollout in rollouts if rollout is not None]
-        size = sampling.group_size
-        return [done[i : i + size] for i in range(0, len(done), size)]
+        return [done[i : i + sampling.group_size] for i in range(0, len(done), sampling.group_size)]
+
+    def _rows_at_once(self, jobs: Sequence[tuple[Prompt, int]], sampling: SamplingConfig) -> int:
+        """At most ``sampling.max_batch_rows``, and no more than memory holds: batches change no result."""
+        longest = max(len(prompt.prompt_ids) for prompt, _ in jobs) + sampling.max_completion_tokens
+        truncated = sampling.top_p < 1 or sampling.top_k > 0
+        fitting = memory_budget(self._model.device) // self._model.decoding_bytes(longest, truncated=truncated)
+        return max(1, min(sampling.max_batch_rows, fitting))
 
     def _rollouts(self, jobs: Sequence[tuple[Prompt, int]], sampling: SamplingConfig, seed: int) -> list[Rollout]:
         length = sampling.max_completion_tokens
-        with _enough_memory("sampling", f"lower sampling.max_batch_rows (now {sampling.max_batch_rows})"):
+        try:
             completions = decode(
                 self._model,
                 [prompt.prompt_ids for prompt, _ in jobs],
                 np.stack([rollout_uniforms(seed, prompt.index, sample, length) for prompt, sample in jobs]),
                 stop_ids=self._stop_ids,
-                max_tokens=length,
+                max_tokens=[length] * len(jobs),
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
+                ends=self._ends,
             )
+        except torch.OutOfMemoryError:
+            if len(jobs) == 1:
+                raise RunError(
+                    "out of GPU memory while sampling a single completion; lower sampling.max_completion_tokens "
+                    f"(now {length}), or use a smaller student"
+                ) from None
+            completions = None
+        if completions is None:  # outside the handler, which would keep the failed attempt's tensors alive
+            log.warning("out of memory with %d completions at once: decoding them in two halves", len(jobs))
+            half = len(jobs) // 2
+            return self._rollouts(jobs[:half], sampling, seed) + self._rollouts(jobs[half:], sampling, seed)
         return [
             Rollout(
                 prompt=prompt,
                 completion_ids=ids,
                 sampler_logprobs=logprobs,
-                finish_reason="stop" if ids[-1] in self._stop_ids else "length",
+                finish_reason="stop" if self._stopped(ids) else "length",
                 policy_version_start=self._policy_version,
                 policy_version_end=self._policy_version,
             )
             for (prompt, _), (ids, logprobs) in zip(jobs, completions, strict=True)
         ]
+
+    def _stopped(self, ids: Sequence[int]) -> bool:
+        return ids[-1] in self._stop_ids or (self._ends is not None and self._ends(ids))
 
 
 class LocalTeacher:
@@ -109,10 +165,18 @@ class LocalTeacher:
 
     kinds: frozenset[ScoreKind] = frozenset({"sampled", "topk", "hidden"})
 
-    def __init__(self, model: LanguageModel, *, temperature: float = 1.0, batch_tokens: int = 16384) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        temperature: float = 1.0,
+        batch_tokens: int | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
         self.model = model
         self.temperature = temperature
-        self._batch_tokens = batch_tokens
+        self._batch_tokens = batch_tokens or default_micro_batch_tokens(model.device)
+        self._autocast = autocast
 
     @property
     def head(self) -> LMHead:
@@ -127,20 +191,21 @@ class LocalTeacher:
     def score(self, sequences: Sequence[TokenSequence], kind: ScoreKind, *, topk: int = 0) -> list[Scores]:
         """See ``Teacher.score``."""
         scores: list[Scores | None] = [None] * len(sequences)
-        for chosen in plan_batches(sequences, max_tokens=self._batch_tokens):
-            with _enough_memory("scoring", f"lower optim.micro_batch_tokens (now {self._batch_tokens})"):
-                for i, score in zip(chosen, self._batch([sequences[i] for i in chosen], kind, topk), strict=True):
+        plan = plan_batches(sequences, max_tokens=self._batch_tokens, share_prompts=self.model.shares_prompts)
+        for arrangement, chosen in plan:
+            layout = lay_out([sequences[i] for i in chosen], device=self.model.device, arrangement=arrangement)
+            lengths = [len(sequences[i].completion_ids) for i in chosen]
+            remedy = f"lower optim.micro_batch_tokens (now {self._batch_tokens})"
+            with _enough_memory("scoring", remedy), _autocast(self.model, self._autocast):
+                for i, score in zip(chosen, self._batch(layout, lengths, kind, topk), strict=True):
                     scores[i] = score
         return [score for score in scores if score is not None]
 
-    def _batch(self, sequences: Sequence[TokenSequence], kind: ScoreKind, topk: int) -> list[Scores]:
-        layout = lay_out(sequences, device=self.model.device)
-        hidden = self.model.hidden(layout.input_ids, use_cache=False).last_hidden_state
-        hidden = hidden.flatten(0, 1)[layout.token_index]
+    def _batch(self, layout: Layout, lengths: Sequence[int], kind: ScoreKind, topk: int) -> list[Scores]:
+        hidden = self.model.completion_hidden(layout)
         logprobs = head_logprobs(self.head, hidden, layout.target_ids, temperature=self.temperature)
         hidden = hidden.cpu() if kind == "hidden" else hidden
-        lengths = [len(s.completion_ids) for s in sequences]
-        parts = zip(hidden.split(lengths), logprobs.split(lengths), strict=True)
+        parts = zip(hidden.split(list(lengths)), logprobs.split(list(lengths)), strict=True)
         return [self._scores(kind, own_hidden, own.tolist(), topk) for own_hidden, own in parts]
 
     def _scores(self, kind: ScoreKind, hidden: Tensor, logprobs: list[float], topk: int) -> Scores:
@@ -155,11 +220,19 @@ class LocalTeacher:
 class LocalTrainer:
     """AdamW on a transformers model; dropout is off, so that teacher = student gives exactly zero."""
 
-    def __init__(self, model: LanguageModel, optim: OptimConfig, *, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        optim: OptimConfig,
+        *,
+        temperature: float = 1.0,
+        autocast: torch.dtype | None = None,
+    ) -> None:
         self.model = model
+        self._autocast = autocast
         self._temperature = temperature
         self._grad_clip = optim.grad_clip
-        self._batch_tokens = optim.micro_batch_tokens
+        self._batch_tokens = optim.micro_batch_tokens or default_micro_batch_tokens(model.device)
         self._parameters = [p for p in model.model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
             self._parameters,
@@ -173,17 +246,16 @@ class LocalTrainer:
     @torch.no_grad()
     def compute_logprobs(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:
         """See ``Trainer.compute_logprobs``."""
-        return LocalTeacher(
-            self.model, temperature=self._temperature, batch_tokens=self._batch_tokens
-        ).compute_logprobs(sequences)
+        marker = LocalTeacher(
+            self.model, temperature=self._temperature, batch_tokens=self._batch_tokens, autocast=self._autocast
+        )
+        return marker.compute_logprobs(sequences)
 
     def forward_backward(self, batch: Batch, objective: Objective) -> LossOutput:
         """See ``Trainer.forward_backward``."""
-        inputs = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
         with _enough_memory("training", f"lower optim.micro_batch_tokens (now {self._batch_tokens})"):
-            output = self.model.hidden(batch.input_ids, use_cache=False, **inputs)
-            hidden = output.last_hidden_state.flatten(0, 1)[batch.token_index]
-            loss = objective(self._on_device(batch), hidden, self.model.head)
+            with _autocast(self.model, self._autocast):
+                loss = objective(self._on_device(batch), self.model.completion_hidden(batch), self.model.head)
             loss.loss.backward()
         return LossOutput(loss.loss.detach(), loss.metrics)
 

@@ -1,0 +1,29 @@
+"""All results on one page: `python benchmarks/collect.py` writes RESULTS.md from results/*.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PARTS = {
+    "step": "One step, against TRL",
+    "levers": "What each lever pays",
+    "scaling": "How the step grows",
+    "lm_head": "The loss at the LM head",
+    "gpu": "One data-centre GPU",
+}
+
+
+def page() -> str:
+    """RESULTS.md's text."""
+    lines = ["# Results", "", "Put together by `benchmarks/collect.py`; see README.md for what each script measures."]
+    for name, title in PARTS.items():
+        result = HERE / "results" / f"{name}.md"
+        # One heading level down: results are pages of their own too.
+        text = result.read_text().replace("\n## ", "\n### ") if result.exists() else "Not measured: no GPU was at hand."
+        lines += ["", f"## {title}", "", f"`{name}.py`", "", text.strip().replace("](", "](results/")]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    (HERE / "RESULTS.md").write_text(page())

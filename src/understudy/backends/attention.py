@@ -1,0 +1,79 @@
+"""bfloat16 attention for CPUs whose flash kernel has no matrix unit (AMX) to run on.
+
+There torch's kernel falls back to slow arithmetic: two plain matrix products are two to eight times faster on
+sequences of usual length. Scores are rounded to bfloat16 before the softmax, as in transformers' eager attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NAME = "understudy_cpu"
+# Scores of one call. Beyond it they leave the caches (and autograd would keep them all): float32 flash attention then.
+_MAX_SCORES = 2**24
+
+
+def use_matmul_attention(model: Any) -> None:
+    """Switch a transformers model that runs on a CPU to this module's attention, where that is the faster one."""
+    slow_flash = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    if slow_flash and model.config._attn_implementation == "sdpa":
+        _register()
+        model.set_attn_implementation(NAME)
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query [B, heads, L, D], key and value [B, groups, T, D] -> [B, L, heads, D].
+
+    Anything but bfloat16 goes to transformers' own function.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    plain = not options.get("dropout") and options.get("position_bias") is None
+    if dtype != torch.bfloat16 or not plain:
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    with torch.autocast("cpu", enabled=False):
+        if query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] > _MAX_SCORES:
+            wide = query.float(), key.float(), value.float()
+            mask = mask.float() if mask is not None and mask.is_floating_point() else mask
+            output, _ = sdpa_attention_forward(module, *wide, mask, **options)
+            return output.to(dtype), None
+        scale = options.get("scaling")
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        query, key, value = (x.to(dtype) for x in (query * scale, key, value))
+        causal = options.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        if mask is None and query.shape[2] > 1 and causal:
+            mask = _causal(query.shape[2], key.shape[2], query.device)
+        return _two_products(query, key, value, mask), None
+
+
+def _two_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Heads that share a key and value are rows of one product."""
+    (rows, heads, length, width), groups = query.shape, key.shape[1]
+    scores = query.reshape(rows, groups, -1, width) @ key.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.view(rows, groups, heads // groups, length, -1)
+        visible = mask[:, :, None] if mask.dim() == 4 else mask
+        # Not -inf: a padding position sees nothing, and must not become NaN.
+        hidden = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill_(~visible, hidden) if visible.dtype == torch.bool else scores.add_(visible)
+        scores = scores.view(rows, groups, -1, scores.shape[-1])
+    return (torch.softmax(scores, dim=-1) @ value).view(rows, heads, length, width).transpose(1, 2)
+
+
+def _causal(length: int, total: int, device: torch.device) -> Tensor:
+    return torch.ones(length, total, dtype=torch.bool, device=device).tril(total - length)
