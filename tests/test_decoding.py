@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tiny import ARCHITECTURES, EOS, tiny_model
 from understudy.backends import decoding
+from understudy.backends.cache import new_cache
 from understudy.backends.decoding import TokenChooser, decode, rollout_uniforms
 from understudy.backends.language_model import LanguageModel
 from understudy.lm_head import LMHead
@@ -174,6 +175,19 @@ def test_cached_decoding_equals_full_passes(architecture: str, ragged: bool, mon
     assert compactions == sorted(compactions, reverse=True)
     assert compactions[0] == 16  # prompts that stand twice were read once
     assert len(compactions) > 1
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_cache_written_in_place_decodes_the_same(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU. Rows end at different times, and 100 tokens are more than the room made at first."""
+    model = LanguageModel(tiny_model(architecture, seed=5))
+    uniforms, options = draws(16, 100), {"stop_ids": NO_STOP, "max_tokens": [3, 100] * 8, "temperature": 1.0}
+    plain = decode(model, PROMPTS, uniforms, **options)
+    monkeypatch.setattr(decoding, "new_cache", lambda config, in_place: new_cache(config, in_place=True))
+    in_place = decode(model, PROMPTS, uniforms, **options)
+    assert [ids for ids, _ in in_place] == [ids for ids, _ in plain]
+    for (_, ours), (_, theirs) in zip(in_place, plain, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-10)
 
 
 def test_completions_end_at_the_first_stop_token_or_the_cap() -> None:

@@ -3,20 +3,47 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from itertools import chain
 from typing import Any
 
 from torch import Tensor
 
 
-def new_cache(config: Any) -> Any:
+def new_cache(config: Any, *, in_place: bool = False) -> Any:
     """An empty cache for a model of this configuration, or None where some layer keeps a state that ``select_rows``
-    cannot choose from: convolutions, linear attention."""
+    cannot choose from: convolutions, linear attention.
+
+    ``in_place``: tokens are written into room that was made for them, without gradients. Otherwise every step copies
+    the whole cache: as many bytes again as attention reads.
+    """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     cache = DynamicCache(config=config.get_text_config(decoder=True))
-    known = {DynamicLayer, DynamicSlidingWindowLayer}
-    return cache if cache.layers and {type(layer) for layer in cache.layers} <= known else None
+    if not cache.layers or not {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        return None
+    if in_place:
+        whole: list[Any] = [layer for layer in cache.layers if type(layer) is DynamicLayer]
+        for layer in whole:
+            layer.update = partial(_update_in_place, layer, [])
+    return cache
+
+
+def _update_in_place(layer: Any, room: list[Tensor], keys: Tensor, values: Tensor, *_: Any, **__: Any) -> Any:
+    """``DynamicLayer.update``, where the layer's states are views of ``room``."""
+    if not layer.is_initialized:
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys[:, :, :0], values[:, :, :0]
+    used = layer.keys.shape[2]
+    total = used + keys.shape[2]
+    # Anew when it is full, and when rows have been chosen.
+    if not room or room[0].shape[2] < total or layer.keys.data_ptr() != room[0].data_ptr():
+        size = total + max(64, total // 4)
+        room[:] = [x.new_empty(*x.shape[:2], size, x.shape[3]) for x in (keys, values)]
+        room[0][:, :, :used], room[1][:, :, :used] = layer.keys, layer.values
+    room[0][:, :, used:total], room[1][:, :, used:total] = keys, values
+    layer.keys, layer.values = (x[:, :, :total] for x in room)
+    return layer.keys, layer.values
 
 
 def select_rows(cache: Any, rows: Tensor) -> None:
