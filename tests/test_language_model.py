@@ -195,11 +195,11 @@ def test_copies_of_students_of_every_kind(tmp_path: Path, options: dict[str, Any
 
 
 def test_memory_for_decoding() -> None:
-    """Two layers, keys and values, one head of eight numbers of eight bytes; twice, and the logits."""
+    """Two layers, keys and values, one head of eight numbers of eight bytes; two and a half times, and the logits."""
     model = LanguageModel(tiny_model(seed=5))
     token = 2 * 2 * 1 * 8 * 8
-    assert model.decoding_bytes(10) == 2 * 10 * token + 8 * 6
-    assert model.decoding_bytes(20) - model.decoding_bytes(10) == 2 * 10 * token
+    assert model.decoding_bytes(10) == 5 * 10 * token // 2 + 8 * 6
+    assert model.decoding_bytes(20) - model.decoding_bytes(10) == 5 * 10 * token // 2
 
 
 def test_a_sampler_with_a_copy_writes_with_new_weights_after_a_sync() -> None:

@@ -168,8 +168,10 @@ def _sharing_groups(sequences: Sequence[TokenSequence | TrainingExample], max_to
                 parts.append([])
             parts[-1].append(i)
         for part in parts:
-            alone = sum(len(sequences[i].prompt_ids) + len(sequences[i].completion_ids) for i in part)
-            if len(part) > 1 and _tokens([part], sequences) <= (1 - _SHARING_GAIN) * alone:
+            prompt = len(sequences[part[0]].prompt_ids)
+            completions = sum(len(sequences[i].completion_ids) for i in part)
+            # Padding is left out: other groups will fill it.
+            if prompt + completions <= (1 - _SHARING_GAIN) * (prompt * len(part) + completions):
                 groups.append(part)
     return groups
 

@@ -2,10 +2,14 @@
 
 There torch's kernel falls back to slow arithmetic: two plain matrix products are two to eight times faster on
 sequences of usual length. Scores are rounded to bfloat16 before the softmax, as in transformers' eager attention.
+
+Not in decoding: there a key is longer at every step, and products of a new shape have new code generated for them,
+half a megabyte each. ``cache.new_cache`` keeps keys and values in float32 for it, whose flash kernel takes any length.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -46,19 +50,29 @@ def attention(
     if dtype != torch.bfloat16 or not plain:
         return sdpa_attention_forward(module, query, key, value, mask, **options)
     with torch.autocast("cpu", enabled=False):
-        if query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] > _MAX_SCORES:
-            wide = query.float(), key.float(), value.float()
-            mask = mask.float() if mask is not None and mask.is_floating_point() else mask
-            output, _ = sdpa_attention_forward(module, *wide, mask, **options)
-            return output.to(dtype), None
         scale = options.get("scaling")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if mask is None and query.shape[2] > 1 and _is_causal(module, options):
+            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+            mask = mask.tril(key.shape[2] - query.shape[2])
+        cached = query.dtype == dtype and key.dtype == torch.float32
+        if cached or query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] > _MAX_SCORES:
+            return _flash(query, key, value, mask, scale).to(dtype), None
         query, key, value = (x.to(dtype) for x in (query * scale, key, value))
-        causal = options.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
-        if mask is None and query.shape[2] > 1 and causal:
-            mask = _causal(query.shape[2], key.shape[2], query.device)
         return _two_products(query, key, value, mask), None
+
+
+def _is_causal(module: Any, options: Mapping[str, Any]) -> bool:
+    causal = options.get("is_causal")
+    return getattr(module, "is_causal", True) if causal is None else causal
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """torch's kernel in float32."""
+    mask = mask.float() if mask is not None and mask.is_floating_point() else mask
+    wide = query.float(), key.float(), value.float()
+    output = torch.nn.functional.scaled_dot_product_attention(*wide, attn_mask=mask, scale=scale, enable_gqa=True)
+    return output.transpose(1, 2)
 
 
 def _two_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -73,7 +87,3 @@ def _two_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
         scores = scores.masked_fill_(~visible, hidden) if visible.dtype == torch.bool else scores.add_(visible)
         scores = scores.view(rows, groups, -1, scores.shape[-1])
     return (torch.softmax(scores, dim=-1) @ value).view(rows, heads, length, width).transpose(1, 2)
-
-
-def _causal(length: int, total: int, device: torch.device) -> Tensor:
-    return torch.ones(length, total, dtype=torch.bool, device=device).tril(total - length)

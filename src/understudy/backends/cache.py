@@ -7,7 +7,10 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from understudy.backends import attention
 
 
 def new_cache(config: Any, *, in_place: bool = False) -> Any:
@@ -23,14 +26,18 @@ def new_cache(config: Any, *, in_place: bool = False) -> Any:
     if not cache.layers or not {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
         return None
     if in_place:
+        dtype = torch.float32 if config._attn_implementation == attention.NAME else None
         whole: list[Any] = [layer for layer in cache.layers if type(layer) is DynamicLayer]
         for layer in whole:
-            layer.update = partial(_update_in_place, layer, [])
+            layer.update = partial(_update_in_place, layer, dtype, [])
     return cache
 
 
-def _update_in_place(layer: Any, room: list[Tensor], keys: Tensor, values: Tensor, *_: Any, **__: Any) -> Any:
+def _update_in_place(
+    layer: Any, dtype: torch.dtype | None, room: list[Tensor], keys: Tensor, values: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor]:
     """``DynamicLayer.update``, where the layer's states are views of ``room``."""
+    keys, values = keys.to(dtype or keys.dtype), values.to(dtype or values.dtype)
     if not layer.is_initialized:
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys[:, :, :0], values[:, :, :0]

@@ -82,8 +82,7 @@ def decode(
     the cache is not free). Architectures whose cache cannot choose rows do neither.
     """
     device = model.device
-    # On a CPU the copies pay for themselves: products of contiguous keys are faster.
-    cache = new_cache(model.config, in_place=device.type != "cpu")
+    cache = new_cache(model.config, in_place=True)
     can_select = cache is not None
     distinct = list(dict.fromkeys(map(tuple, prompts))) if can_select else list(map(tuple, prompts))
     ids, mask = _left_padded(distinct, device)

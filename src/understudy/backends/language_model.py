@@ -100,14 +100,14 @@ class LanguageModel:
 
     @torch.no_grad()
     def decoding_bytes(self, length: int, *, truncated: bool = False) -> int:
-        """Memory that a row of ``length`` tokens takes while it is sampled: its cache, a copy of it while it grows or
-        rows leave, and its logits; with top-p or top-k (``truncated``) these are sorted in float64."""
+        """Memory that a row of ``length`` tokens takes while it is sampled: its cache, a larger one while it grows
+        or rows leave, and its logits; with top-p or top-k (``truncated``) these are sorted in float64."""
         if self._cache_sizes is None:
             ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
             one, two = (cache_bytes(self.hidden(ids[:, :n], use_cache=True).past_key_values) for n in (1, 2))
             self._cache_sizes = 2 * one - two, two - one
         fixed, per_token = self._cache_sizes
-        return 2 * (fixed + per_token * length) + (64 if truncated else 8) * self.head.vocab_size
+        return 5 * (fixed + per_token * length) // 2 + (64 if truncated else 8) * self.head.vocab_size
 
     @property
     def shape(self) -> tuple[int, ...]:
