@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tiny import tiny_model
-from understudy.backends.loading import LanguageModel
+from understudy.backends.language_model import LanguageModel
 from understudy.backends.local import LocalTeacher, LocalTrainer
 from understudy.batching import micro_batches
 from understudy.config import OptimConfig
