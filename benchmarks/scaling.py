@@ -88,9 +88,9 @@ def flops(point: Point, phase: str) -> tuple[float, float]:
     return 3 * products + 2 * logits * SHAPES["teacher"][0] * (point.objective == "full"), 3 * attention
 
 
-def matmul_rate(size: int = 2048) -> float:
-    """FLOPs per CPU second in a square bfloat16 product: the median of five, after one to warm up."""
-    one, other = (torch.randn(size, size).bfloat16() for _ in range(2))
+def matmul_rate(dtype: torch.dtype = torch.bfloat16, size: int = 2048) -> float:
+    """FLOPs per CPU second in a square product: the median of five, after one to warm up."""
+    one, other = (torch.randn(size, size).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(6):
         start = time.process_time()

@@ -30,6 +30,8 @@ import torch
 from _step import WORKLOADS, Workload, measure_understudy, prepare
 from _trl import measure_trl
 from lm_head import machine
+from scaling import PHASES as ROLES
+from scaling import Point, flops, matmul_rate
 
 RESULTS = Path(__file__).parent / "results" / "step"
 PHASES = ("generate", "teacher", "forward", "backward", "other")
@@ -263,6 +265,8 @@ def markdown(record: Mapping[str, Any]) -> str:
         lines += [
             f"## {name}: {workload.title}",
             "",
+            floors(record, workload),
+            "",
             "| | precision | micro-batches | CPU s | min..max | wall s | "
             + " | ".join(PHASES)
             + " | peak MB | ratio |",
@@ -288,6 +292,22 @@ def markdown(record: Mapping[str, Any]) -> str:
         cells = [f"{row['cpu_s'][0]:.2f}", f"{peak:.0f}"] if "cpu_s" in row else [row["failed"], ""]
         lines.append(f"| {row['workload']} | {row['name']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def floors(record: Mapping[str, Any], workload: Workload) -> str:
+    """What the products of a step would take at the machine's rates."""
+    length = sum(workload.lengths) // workload.rows
+    needed = {}
+    for objective in ("full", "sampled"):
+        point = Point(workload.rows, workload.samples, workload.prompt_tokens, length, workload.vocab, objective)
+        needed[objective] = sum(sum(flops(point, role)) for role in ROLES)
+    parts = [
+        f"{objective} {1e-9 * total:.0f} GFLOP, "
+        + " or ".join(f"{total / rate:.1f} s in {dtype}" for dtype, rate in record["rates"].items())
+        for objective, total in needed.items()
+    ]
+    rates = ", ".join(f"{1e-9 * rate:.0f} GFLOP/s in {dtype}" for dtype, rate in record["rates"].items())
+    return f"Floor, every prompt read once: {'; '.join(parts)} (products of 2048 x 2048 matrices run at {rates})."
 
 
 def write(record: dict[str, Any]) -> None:
@@ -342,6 +362,9 @@ def main() -> None:
         return
     if not arguments.render:
         record["machine"] = whole_machine(arguments.threads)
+        torch.set_num_threads(arguments.threads)
+        dtypes = torch.float32, torch.bfloat16
+        record["rates"] = {str(dtype).removeprefix("torch."): matmul_rate(dtype) for dtype in dtypes}
     if not (arguments.render or arguments.search or arguments.resume):
         record["runs"] = [row for row in record.get("runs", []) if row["workload"] not in arguments.workload]
     for name in [] if arguments.render else arguments.workload:

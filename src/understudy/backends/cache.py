@@ -26,18 +26,20 @@ def new_cache(config: Any, *, in_place: bool = False) -> Any:
     if not cache.layers or not {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
         return None
     if in_place:
-        dtype = torch.float32 if config._attn_implementation == attention.NAME else None
+        widen = config._attn_implementation == attention.NAME
         whole: list[Any] = [layer for layer in cache.layers if type(layer) is DynamicLayer]
         for layer in whole:
-            layer.update = partial(_update_in_place, layer, dtype, [])
+            layer.update = partial(_update_in_place, layer, widen, [])
     return cache
 
 
 def _update_in_place(
-    layer: Any, dtype: torch.dtype | None, room: list[Tensor], keys: Tensor, values: Tensor, *_: Any, **__: Any
+    layer: Any, widen: bool, room: list[Tensor], keys: Tensor, values: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, Tensor]:
-    """``DynamicLayer.update``, where the layer's states are views of ``room``."""
-    keys, values = keys.to(dtype or keys.dtype), values.to(dtype or values.dtype)
+    """``DynamicLayer.update``, where the layer's states are views of ``room``. ``widen``: bfloat16 is kept in float32,
+    see ``attention``."""
+    if widen and keys.dtype == torch.bfloat16:
+        keys, values = keys.float(), values.float()
     if not layer.is_initialized:
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys[:, :, :0], values[:, :, :0]
