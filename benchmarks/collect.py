@@ -12,6 +12,7 @@ PARTS = {
     "lm_head": "The loss at the LM head",
     "gpu": "One data-centre GPU",
 }
+MISSING = {"gpu": "Not measured: no GPU was at hand."}
 
 
 def page() -> str:
@@ -20,7 +21,9 @@ def page() -> str:
     for name, title in PARTS.items():
         result = HERE / "results" / f"{name}.md"
         # One heading level down: results are pages of their own too.
-        text = result.read_text().replace("\n## ", "\n### ") if result.exists() else "Not measured: no GPU was at hand."
+        text = (
+            result.read_text().replace("\n## ", "\n### ") if result.exists() else MISSING.get(name, "Not measured yet.")
+        )
         lines += ["", f"## {title}", "", f"`{name}.py`", "", text.strip().replace("](", "](results/")]
     return "\n".join(lines) + "\n"
 
