@@ -12,10 +12,7 @@ import torch
 
 from understudy.advantages import CreditRules
 from understudy.backends.language_model import LanguageModel, check_packing
-from understudy.backends.loading import (
-    default_micro_batch_tokens,
-    load_student,
-)
+from understudy.backends.loading import default_micro_batch_tokens, load_student
 from understudy.backends.local import LocalSampler, LocalTeacher, LocalTrainer
 from understudy.backends.protocols import Sampler, Teacher, Trainer
 from understudy.config import RunConfig, TeacherConfig

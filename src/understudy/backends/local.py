@@ -201,11 +201,11 @@ class LocalTeacher:
                     scores[i] = score
         return [score for score in scores if score is not None]
 
-    def _batch(self, layout: Layout, lengths: Sequence[int], kind: ScoreKind, topk: int) -> list[Scores]:
+    def _batch(self, layout: Layout, lengths: list[int], kind: ScoreKind, topk: int) -> list[Scores]:
         hidden = self.model.completion_hidden(layout)
         logprobs = head_logprobs(self.head, hidden, layout.target_ids, temperature=self.temperature)
         hidden = hidden.cpu() if kind == "hidden" else hidden
-        parts = zip(hidden.split(list(lengths)), logprobs.split(list(lengths)), strict=True)
+        parts = zip(hidden.split(lengths), logprobs.split(lengths), strict=True)
         return [self._scores(kind, own_hidden, own.tolist(), topk) for own_hidden, own in parts]
 
     def _scores(self, kind: ScoreKind, hidden: Tensor, logprobs: list[float], topk: int) -> Scores:
