@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from understudy.divergences import Divergence, gated
-from understudy.head_kernels import NEGLIGIBLE, GradientSums, Projection, block_rows, normalise, tile_of
+from understudy.head_kernels import NEGLIGIBLE, GradientSums, Projection, block_rows, tile_of
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,12 @@ def _fill(
     for part, part_entropy, (low, high) in zip(lse, entropy, tiles, strict=True):
         shifted, softmax = (tile_of(x, len(hidden), 0, high - low) for x in scratch[:2])
         logits = projection.logits(hidden, low, high, out=tile_of(kept, len(hidden), low, high))
-        tile_lse, log_top = normalise(logits, shifted, softmax)
-        part.copy_(tile_lse)
+        maximum = logits.amax(-1)
+        finite = maximum.clamp(min=torch.finfo(logits.dtype).min)
+        torch.sub(logits, finite[:, None], out=shifted).clamp_(min=NEGLIGIBLE)
+        torch.softmax(shifted, -1, out=softmax)
+        log_top = softmax.amax(-1).log()  # as in normalise
+        part.copy_(maximum - log_top)
         # log(sum of exponentials) + mean distance from the maximum: two numbers that are never negative.
         part_entropy.copy_(-log_top - torch.linalg.vecdot(softmax, shifted))
     whole = lse.logsumexp(0)

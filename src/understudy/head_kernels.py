@@ -161,17 +161,14 @@ def tile_of(storage: Tensor, tokens: int, low: int, high: int) -> Tensor:
     return storage[tokens * low : tokens * high].view(tokens, high - low)
 
 
-def normalise(logits: Tensor, shifted: Tensor, softmax: Tensor) -> tuple[Tensor, Tensor]:
-    """A tile [n, v] -> (its logsumexp [n], the log of its largest softmax [n]), with ``shifted`` and ``softmax`` filled
-    with logits - maximum and the tile's softmax; ``softmax`` may be ``logits``. A tile of nothing but -inf has a
-    logsumexp of -inf and a softmax that means nothing."""
-    maximum = logits.amax(-1)
-    finite = maximum.clamp(min=torch.finfo(logits.dtype).min)
-    torch.sub(logits, finite[:, None], out=shifted).clamp_(min=NEGLIGIBLE)
-    torch.softmax(shifted, -1, out=softmax)
+def normalise(tile: Tensor) -> Tensor:
+    """Logits [n, v] become their softmax; returns their logsumexp [n]. A row of nothing but -inf has a logsumexp of
+    -inf, and a softmax that means nothing."""
+    maximum = tile.amax(-1)
+    tile[:, 0] = torch.where(maximum == -torch.inf, 0.0, tile[:, 0])  # rather than 0 / 0
+    torch.softmax(tile, -1, out=tile)
     # The entry at the maximum is exp(0) / sum: torch's softmax is several times faster than a sum of exponentials.
-    log_top = softmax.amax(-1).log()
-    return maximum - log_top, log_top
+    return maximum - tile.amax(-1).log()
 
 
 def _picked(chosen: Tensor, logits: Tensor, ids: Tensor, low: int) -> Tensor:
@@ -239,13 +236,12 @@ def _selected(projection: Projection, hidden: Tensor, ids: Tensor) -> tuple[Tens
     """A block -> (logits at ``ids`` [n, K], logsumexp [n])."""
     chosen = torch.zeros(ids.shape, dtype=projection.wide, device=hidden.device)
     tiles = projection.tiles(len(hidden))
-    storage = projection.storage(2, len(hidden))
+    [storage] = projection.storage(1, len(hidden))
     lse = chosen.new_empty(len(tiles), len(hidden))
     for part, (low, high) in zip(lse, tiles, strict=True):
-        logits, shifted = (tile_of(x, len(hidden), 0, high - low) for x in storage)
-        projection.logits(hidden, low, high, out=logits)
-        chosen = _picked(chosen, logits, ids, low)
-        part.copy_(normalise(logits, shifted, logits)[0])
+        tile = projection.logits(hidden, low, high, out=tile_of(storage, len(hidden), 0, high - low))
+        chosen = _picked(chosen, tile, ids, low)
+        part.copy_(normalise(tile))
     return chosen, lse.logsumexp(0)
 
 
@@ -256,15 +252,14 @@ def topk_kernel(projection: Projection, hidden: Tensor, k: int) -> tuple[Tensor,
         values = torch.empty(len(block), 0, dtype=projection.wide, device=block.device)
         ids = torch.empty(len(block), 0, dtype=torch.long, device=block.device)
         tiles = projection.tiles(len(block))
-        storage = projection.storage(2, len(block))
+        [storage] = projection.storage(1, len(block))
         lse = values.new_empty(len(tiles), len(block))
         for part, (low, high) in zip(lse, tiles, strict=True):
-            logits, shifted = (tile_of(x, len(block), 0, high - low) for x in storage)
-            projection.logits(block, low, high, out=logits)
-            top, places = logits.topk(min(k, high - low), -1)
+            tile = projection.logits(block, low, high, out=tile_of(storage, len(block), 0, high - low))
+            top, places = tile.topk(min(k, high - low), -1)
             values, order = torch.cat([values, top], -1).sort(dim=-1, descending=True, stable=True)
             values, ids = values[:, :k], torch.cat([ids, places + low], -1).gather(-1, order[:, :k])
-            part.copy_(normalise(logits, shifted, logits)[0])
+            part.copy_(normalise(tile))
         best.append((values - lse.logsumexp(0)[:, None], ids))
     logprobs, ids = (torch.cat(parts) for parts in zip(*best, strict=True))
     return logprobs, ids
@@ -277,8 +272,8 @@ def loss_kernel(
     rows = min(block_rows(projection.rows, projection.wide, hidden.device), max(1, len(hidden)))
     logprobs = torch.empty(ids.shape, dtype=projection.wide, device=hidden.device)
     loss = logprobs.new_zeros(())
-    [shifted] = projection.storage(1, rows)
-    kept = torch.empty(rows * projection.rows if sums.wanted else len(shifted), dtype=loss.dtype, device=loss.device)
+    numbers = rows * (projection.rows if sums.wanted else projection.width(rows))
+    kept = torch.empty(numbers, dtype=loss.dtype, device=loss.device)
     for start in range(0, len(hidden), rows):
         block = slice(start, min(start + rows, len(hidden)))
         own, chosen, tiles = hidden[block], torch.zeros_like(logprobs[block]), projection.tiles(rows)
@@ -288,7 +283,7 @@ def loss_kernel(
             projection.logits(own, low, high, out=tile)
             chosen = _picked(chosen, tile, ids[block], low)
             capped = None if projection.softcap is None or not sums.wanted else projection.slope(tile)
-            part.copy_(normalise(tile, tile_of(shifted, len(own), 0, high - low), tile)[0])
+            part.copy_(normalise(tile))
             if capped is not None:
                 tile.mul_(capped)
         whole = lse.logsumexp(0)
