@@ -387,15 +387,8 @@ def run(name: str, rounds: int | None, record: dict[str, Any], folder: Path, thr
         for variant in variants(record, name):
             key = {"workload": name, "round": number, "name": variant["name"], "kind": variant["kind"]}
             if not any(key.items() <= row.items() for row in runs):
-                row = _from_search(record, name, variant) if number == 0 and name in SLOW else None
-                runs.append({"round": number, **(row or in_process(name, variant, folder, threads))})
+                runs.append({"round": number, **in_process(name, variant, folder, threads)})
                 write(record)
-
-
-def _from_search(record: Mapping[str, Any], name: str, variant: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A slow workload's search measured what its rounds measure: one step, without a warm-up."""
-    rows = [row for row in searched(record, name) if row["setting"] == variant["setting"] and "cpu_s" in row]
-    return {**rows[0], **variant} if rows else None
 
 
 if __name__ == "__main__":
