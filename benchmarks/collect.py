@@ -8,6 +8,7 @@ HERE = Path(__file__).parent
 PARTS = {
     "step": "One step, against TRL",
     "levers": "What each lever pays",
+    "tried": "Pieces done in another way",
     "scaling": "How the step grows",
     "lm_head": "The loss at the LM head",
     "gpu": "One data-centre GPU",

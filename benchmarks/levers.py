@@ -80,7 +80,7 @@ _NAMES = list(LEVERS)
 WHERE = {
     "a": [name for name in _NAMES if "cumulative" not in name],
     "b": ["as shipped", "sampling: one cumulative sum over the vocabulary", "micro-batches of 4096 tokens"],
-    "c": ["as shipped", _NAMES[3], _NAMES[4], _NAMES[5]],
+    "c": ["as shipped", _NAMES[3], _NAMES[4], _NAMES[5], _NAMES[9]],
     "d": ["as shipped", _NAMES[4], _NAMES[5]],
 }
 

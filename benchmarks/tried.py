@@ -131,8 +131,6 @@ def models(folder: Path) -> tuple[LanguageModel, LanguageModel, LanguageModel]:
 
 
 def decodings(model: LanguageModel) -> Iterator[Pair]:
-    from transformers.cache_utils import DynamicLayer
-
     prompts = [p for p in torch.randint(2, 512, (16, 32)).tolist() for _ in range(4)]
     uniforms = np.random.default_rng(0).random((64, 128))
     raw: Any = decoding.decode
@@ -144,33 +142,16 @@ def decodings(model: LanguageModel) -> Iterator[Pair]:
         with torch.inference_mode():
             raw.__wrapped__(model, prompts, uniforms, stop_ids=frozenset(), max_tokens=[128] * 64, temperature=1.0)
 
-    def preallocated() -> None:
-        plain = DynamicLayer.update
-        DynamicLayer.update = _grow  # pyright: ignore
+    def growing() -> None:
+        shipped = decoding.new_cache
+        decoding.new_cache = lambda config, in_place: shipped(config)
         try:
             run()
         finally:
-            DynamicLayer.update = plain
+            decoding.new_cache = shipped
 
     yield "torch.inference_mode", run, in_inference_mode
-    yield "keys and values written into room made at the start", run, preallocated
-
-
-def _grow(layer: Any, keys: Tensor, values: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """DynamicLayer.update without a copy at each step: the cache is a view of a larger tensor."""
-    if not layer.is_initialized:
-        layer.lazy_initialization(keys, values)
-    used = layer.get_seq_length()
-    room = getattr(layer, "room", None)
-    if room is None or room[0].shape[0] != keys.shape[0]:
-        room = [keys.new_empty(*keys.shape[:2], 192, keys.shape[3]) for _ in range(2)]
-        if used:
-            room[0][:, :, :used], room[1][:, :, :used] = layer.keys, layer.values
-        layer.room = room
-    total = used + keys.shape[2]
-    room[0][:, :, used:total], room[1][:, :, used:total] = keys, values
-    layer.keys, layer.values = room[0][:, :, :total], room[1][:, :, :total]
-    return layer.keys, layer.values
+    yield "a bfloat16 cache that is copied at every step", run, growing
 
 
 def norms() -> Iterator[Pair]:

@@ -140,7 +140,7 @@ def test_the_trial_measures_what_a_step_will_see(world, monkeypatch) -> None:
     marks = trainer.compute_logprobs([TokenSequence(r.prompt.prompt_ids, r.completion_ids) for r in rollouts])
     gaps = torch.tensor([list(chain(*(r.sampler_logprobs for r in rollouts))), list(chain(*marks))])
     mean = float((gaps[0] - gaps[1]).abs().mean())
-    assert precision._mismatch(sampler, trainer, rollouts) == pytest.approx(mean, rel=1e-4)
+    assert precision._mismatch(trainer, rollouts) == pytest.approx(mean, rel=1e-4)
     assert mean > 1e-5
 
 

@@ -159,7 +159,18 @@ def _sampler_and_trainer(
     config: RunConfig, checked: Checked, student: LanguageModel | None, given: Given
 ) -> tuple[Sampler, Trainer, RunConfig]:
     """Both in the precision that ``student.compute_dtype`` resolves to."""
-    temperature = config.sampling.temperature
+
+    def in_precision(autocast: torch.dtype | None) -> tuple[Sampler, Trainer]:
+        shadow = student.copy_in(autocast) if student and autocast else None
+        sampler = given.sampler or LocalSampler(
+            _present(student), stop_ids=checked.stop_ids, shadow=shadow, ends=checked.ends
+        )
+        temperature = config.sampling.temperature
+        trainer = given.trainer or LocalTrainer(
+            _present(student), config.optim, temperature=temperature, autocast=autocast
+        )
+        return sampler, trainer
+
     if student is None or given.sampler or given.trainer:
         if config.student.compute_dtype == "bfloat16":
             raise ConfigError(
@@ -168,17 +179,7 @@ def _sampler_and_trainer(
                 expected="no precision: parts that are brought along decide on their own",
                 remedy='drop it, or leave it at "auto"',
             )
-        sampler = given.sampler or LocalSampler(_present(student), stop_ids=checked.stop_ids, ends=checked.ends)
-        trainer = given.trainer or LocalTrainer(_present(student), config.optim, temperature=temperature)
-        return sampler, trainer, config
-
-    def in_precision(autocast: torch.dtype | None) -> tuple[LocalSampler, LocalTrainer]:
-        shadow = student.copy_in(autocast) if autocast else None
-        return (
-            LocalSampler(student, stop_ids=checked.stop_ids, shadow=shadow, ends=checked.ends),
-            LocalTrainer(student, config.optim, temperature=temperature, autocast=autocast),
-        )
-
+        return *in_precision(None), config
     sampler, trainer, dtype = choose_compute_dtype(config, student, checked.prompts, in_precision)
     update = {"student": config.student.model_copy(update={"compute_dtype": dtype})}
     return sampler, trainer, config.model_copy(update=update)

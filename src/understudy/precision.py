@@ -9,8 +9,8 @@ import torch
 
 from understudy.backends.language_model import LanguageModel
 from understudy.backends.loading import fast_bfloat16, load_model, meta_shape, pick_device
-from understudy.backends.local import LocalSampler, LocalTeacher, LocalTrainer
-from understudy.backends.protocols import Sampler
+from understudy.backends.local import LocalTeacher
+from understudy.backends.protocols import Sampler, Trainer
 from understudy.config import RunConfig, StudentConfig, TeacherConfig
 from understudy.errors import ConfigError
 from understudy.preflight import Checked
@@ -37,8 +37,8 @@ def choose_compute_dtype(
     config: RunConfig,
     student: LanguageModel,
     prompts: Sequence[Prompt],
-    in_precision: Callable[[torch.dtype | None], tuple[LocalSampler, LocalTrainer]],
-) -> tuple[LocalSampler, LocalTrainer, str]:
+    in_precision: Callable[[torch.dtype | None], tuple[Sampler, Trainer]],
+) -> tuple[Sampler, Trainer, str]:
     """Sampler and trainer in the precision that ``student.compute_dtype`` asks for, and its name.
 
     Raises ConfigError for bfloat16 over weights that are not float32.
@@ -59,7 +59,7 @@ def choose_compute_dtype(
     sampler, trainer = in_precision(torch.bfloat16)
     if wanted == "bfloat16" or not prompts:
         return sampler, trainer, "bfloat16"
-    mismatch = _mismatch(sampler, trainer, _trial(sampler, prompts, config))
+    mismatch = _mismatch(trainer, _trial(sampler, prompts, config))
     chosen = mismatch <= _MAX_MISMATCH
     log.info(
         "student.compute_dtype: %s: in bfloat16 sampler and trainer differ by %.4f nats a token",
@@ -77,7 +77,7 @@ def _trial(sampler: Sampler, prompts: Sequence[Prompt], config: RunConfig) -> li
     return [rollout for group in groups for rollout in group]
 
 
-def _mismatch(sampler: LocalSampler, trainer: LocalTrainer, rollouts: Sequence[Rollout]) -> float:
+def _mismatch(trainer: Trainer, rollouts: Sequence[Rollout]) -> float:
     """Mean |difference| of sampler's and trainer's log-probabilities, nats per token."""
     marks = trainer.compute_logprobs([TokenSequence(r.prompt.prompt_ids, r.completion_ids) for r in rollouts])
     pairs = [zip(r.sampler_logprobs, own, strict=True) for r, own in zip(rollouts, marks, strict=True)]
