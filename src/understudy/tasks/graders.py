@@ -5,12 +5,30 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from understudy.errors import ConfigError
 from understudy.types import FinishReason, Prompt
 
-Grader = Callable[[Prompt, str, FinishReason], float]
+
+@dataclass(frozen=True)
+class Grade:
+    """What a completion earned. ``has_answer``: whether anything was found that could be an answer (False is a format
+    failure). ``details``: further numbers that an evaluation averages, by name."""
+
+    reward: float
+    has_answer: bool = True
+    details: Mapping[str, float] = field(default_factory=dict)
+
+
+Grader = Callable[[Prompt, str, FinishReason], float | Grade]
+
+
+def as_grade(value: float | Grade) -> Grade:
+    """A plain number as a ``Grade``."""
+    return value if isinstance(value, Grade) else Grade(float(value))
+
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
