@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from understudy import ConfigError
-from understudy.config import PromptsConfig
+from understudy.config import PromptsConfig, RunConfig
 from understudy.rows import read_rows
-from understudy.supervised import supervised_examples
+from understudy.supervised import Examples, load_examples, supervised_examples
 from understudy.tokenization import ModelText, load_text
+from understudy.types import TrainingExample
 from user import CHATML, bpe_tokenizer, save_model, word_tokenizer, write_rows
 
 
@@ -26,10 +27,15 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> ModelText:
 
 
 def examples(
-    tmp_path: Path, model: ModelText, *rows: Any, stop_ids: frozenset[int] | None = None, **options: Any
+    tmp_path: Path,
+    model: ModelText,
+    *rows: Any,
+    stop_ids: frozenset[int] | None = None,
+    max_tokens: int | None = None,
+    **options: Any,
 ) -> list[tuple[list[int], list[int]]]:
     config = PromptsConfig(path=str(write_rows(tmp_path / "rows.jsonl", rows)), **options)
-    made = supervised_examples(read_rows(config), config, model, stop_ids or model.end_ids)
+    made = supervised_examples(read_rows(config), config, model, stop_ids or model.end_ids, max_tokens=max_tokens)
     assert all(list(e.loss_mask) == [True] * len(e.completion_ids) for e in made)
     return [(list(e.prompt_ids), list(e.completion_ids)) for e in made]
 
@@ -127,3 +133,72 @@ def test_length_counts_the_end_token(words: ModelText, tmp_path: Path) -> None:
         examples(tmp_path, words, fits, long)
     with pytest.raises(ConfigError, match="only rows that are too long"):
         examples(tmp_path, words, long, over_long="skip")
+
+
+def test_a_long_document_goes_on_in_further_sequences(words: ModelText, tmp_path: Path) -> None:
+    """Every token but the first is predicted once, and the end token stands at the end alone."""
+    row = {"text": " ".join(f"w{i}" for i in range(12))}
+    pieces = examples(tmp_path, words, row, over_long="split")
+    assert [len(prompt) + len(completion) for prompt, completion in pieces] == [8, 6]
+    assert [token for _, completion in pieces for token in completion] == [*range(2, 13), 0]
+    assert [prompt for prompt, _ in pieces] == [[1], [8]]
+    short = examples(tmp_path, words, row, over_long="split", max_tokens=4)
+    assert [token for _, completion in short for token in completion] == [*range(2, 13), 0]
+    assert max(len(prompt) + len(completion) for prompt, completion in short) == 4
+
+
+def test_only_documents_are_split(words: ModelText, tmp_path: Path) -> None:
+    row = {"prompt": "w0 w1 w2 w3", "completion": "w4 w5"}
+    assert len(examples(tmp_path, words, row, max_tokens=7)) == 1
+    with pytest.raises(ConfigError, match=r"7 tokens[\s\S]*at most 6, supervised.max_tokens"):
+        examples(tmp_path, words, row, max_tokens=6, over_long="split")
+    with pytest.raises(ConfigError, match=r"at most 8, the context of"):
+        examples(tmp_path, words, {"prompt": "w0 w1 w2 w3", "completion": "w4 w5 w6 w7"}, max_tokens=100)
+
+
+def _numbered(count: int, first: int) -> list[TrainingExample]:
+    return [TrainingExample([first + i], [0], [True]) for i in range(count)]
+
+
+@pytest.mark.parametrize(("share", "batch_size"), [(0.3, 8), (0.5, 1), (0.07, 4), (0.999, 3)])
+def test_a_mixture_keeps_its_share_and_both_run_through_their_epochs(share: float, batch_size: int) -> None:
+    mixed = Examples(_numbered(7, 0), _numbered(5, 100), share)
+    steps = [mixed.at(step, batch_size, seed=3) for step in range(1000)]
+    assert {len(step) for step in steps} == {batch_size}
+    ids = [example.prompt_ids[0] for step in steps for example in step]
+    assert abs(sum(i >= 100 for i in ids) - share * len(ids)) <= 0.5
+    for first, size in ((0, 7), (100, 5)):
+        own = [i for i in ids if first <= i < first + 100]
+        for start in range(0, len(own) - size + 1, size):
+            assert sorted(own[start : start + size]) == list(range(first, first + size))
+    assert mixed.at(17, batch_size, seed=3) == steps[17]
+
+
+def test_without_a_mixture_the_order_is_that_of_the_rows_alone() -> None:
+    from understudy.prompts import batch_for_step
+
+    own = _numbered(7, 0)
+    for step in range(5):
+        expected = [own[i] for i in batch_for_step(7, 3, seed=1, step=step)]
+        assert Examples(own).at(step, 3, seed=1) == expected
+
+
+def test_the_mixed_in_file_has_columns_and_an_order_of_its_own(words: ModelText, tmp_path: Path) -> None:
+    documents = write_rows(tmp_path / "documents.jsonl", [{"text": "w0 w1 w2"}, {"text": "w3 w4 w5"}])
+    chats = write_rows(tmp_path / "chats.jsonl", [{"question": "w6", "completion": "w7"}])
+    config = RunConfig.model_validate(
+        {
+            "output_dir": "x",
+            "student": {"model": "m"},
+            "prompts": {"path": str(documents), "shuffle": False},
+            "supervised": {
+                "mix": {"path": str(chats), "share": 0.5, "columns": {"prompt": "question"}},
+                "batch_size": 2,
+            },
+        }
+    )
+    assert config.prompts is not None
+    loaded = load_examples(config, read_rows(config.prompts), words, words.end_ids)
+    steps = [[list(e.prompt_ids) + list(e.completion_ids) for e in loaded.at(t, 2, seed=0)] for t in range(3)]
+    chat = [7, 8, 0]
+    assert steps == [[[1, 2, 3, 0], chat], [[4, 5, 6, 0], chat], [[1, 2, 3, 0], chat]]

@@ -25,7 +25,7 @@ from understudy.recorder import Recorder
 from understudy.rollouts import sample_rollouts, step_seed
 from understudy.runs import RunFolder, StopRequest
 from understudy.samples import SampleFile
-from understudy.supervised import supervised_examples, supervised_loop
+from understudy.supervised import load_examples, supervised_loop
 from understudy.tasks import Grader
 from understudy.types import Rollout
 
@@ -83,8 +83,7 @@ def sft(config: RunConfig, *, trainer: Trainer | None = None, resume: bool = Fal
     given = Given(trainer=trainer)
     config = _without_teachers(config)
     checked = check_run(config, "sft")
-    assert config.prompts is not None
-    examples = supervised_examples(checked.rows, config.prompts, checked.student, checked.stop_ids)
+    examples = load_examples(config, checked.rows, checked.student, checked.stop_ids)
 
     def work(parts: Parts, recorder: Recorder) -> None:
         supervised_loop(parts, examples, recorder)

@@ -298,12 +298,13 @@ def smoke_config(config: RunConfig) -> RunConfig:
     tasks = tuple(smaller_task(task) for task in config.evaluation.tasks)
     prompts = config.prompts and config.prompts.model_copy(update={"limit": at_most(config.prompts.limit, 16)})
     supervised, optim = config.supervised, config.optim
+    mix = supervised.mix and supervised.mix.model_copy(update={"limit": at_most(supervised.mix.limit, 16)})
     return config.model_copy(
         update={
             "output_dir": f"{config.output_dir}-smoke",
             "prompts": prompts,
             "sampling": sampling.model_copy(update=small),
-            "supervised": supervised.model_copy(update={"batch_size": at_most(supervised.batch_size, 4)}),
+            "supervised": supervised.model_copy(update={"batch_size": at_most(supervised.batch_size, 4), "mix": mix}),
             "optim": optim.model_copy(update={"num_steps": at_most(optim.num_steps, 2), "warmup_steps": 0}),
             "evaluation": config.evaluation.model_copy(update={"tasks": tasks}),
         }

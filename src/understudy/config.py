@@ -82,8 +82,9 @@ class RowsConfig(Section):
     """Renames: {prompt = "question"} reads the prompt from the column "question"."""
     limit: int | None = Field(default=None, ge=1)
     """Use the first rows only."""
-    over_long: Literal["error", "skip"] = "error"
-    """What to do with rows that do not fit the model's context."""
+    over_long: Literal["error", "skip", "split"] = "error"
+    """What to do with rows that do not fit the model's context (in `sft` also supervised.max_tokens). split: documents
+    of `sft` go on in a further sequence; other rows are errors."""
     system_prompt: str | None = None
     """Put before every row's messages (rows with "messages" only); refused where a row brings a system message."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -127,11 +128,22 @@ class RewardConfig(Section):
     """A grader's name (see `understudy eval --help`) or "package.module:function"."""
 
 
+class MixConfig(RowsConfig):
+    """Other rows among those of [prompts], e.g. chats among documents."""
+
+    share: float = Field(gt=0, lt=1)
+    """Share of the sequences of all steps that come from here; each source runs through its own epochs."""
+
+
 class SupervisedConfig(Section):
     """What one step of `sft` holds."""
 
     batch_size: int = Field(default=64, ge=1)
     """Sequences per optimizer step."""
+    max_tokens: int | None = Field(default=None, ge=2)
+    """The longest sequence. Absent: the model's context."""
+    mix: MixConfig | None = None
+    """A second source of sequences."""
 
 
 class OptimConfig(Section):

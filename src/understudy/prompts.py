@@ -48,14 +48,16 @@ def batch_for_step(num_rows: int, batch_size: int, *, seed: int, step: int, shuf
 
     A function of its arguments alone, so that a resumed run needs no reader state.
     """
+    return rows_from(num_rows, step * batch_size, batch_size, seed=[seed], shuffle=shuffle)
+
+
+def rows_from(num_rows: int, start: int, count: int, *, seed: Sequence[int], shuffle: bool = True) -> list[int]:
+    """``count`` row numbers of an endless run through epochs, from its place ``start`` on."""
     chosen: list[int] = []
-    position = step * batch_size
-    while len(chosen) < batch_size:
-        epoch, start = divmod(position, num_rows)
-        order = np.random.default_rng([seed, epoch]).permutation(num_rows) if shuffle else np.arange(num_rows)
-        taken = order[start : start + batch_size - len(chosen)]
-        chosen.extend(int(i) for i in taken)
-        position += len(taken)
+    while len(chosen) < count:
+        epoch, place = divmod(start + len(chosen), num_rows)
+        order = np.random.default_rng([*seed, epoch]).permutation(num_rows) if shuffle else np.arange(num_rows)
+        chosen.extend(int(i) for i in order[place : place + count - len(chosen)])
     return chosen
 
 

@@ -2,37 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from understudy.assembly import Parts
 from understudy.batching import micro_batches
-from understudy.config import RowsConfig
+from understudy.config import RowsConfig, RunConfig
 from understudy.errors import ConfigError
 from understudy.metrics import update_metrics
 from understudy.objectives import CrossEntropy
 from understudy.optimizer_step import learning_rate_at, optimizer_step
-from understudy.prompts import batch_for_step, check_embedded, render_messages, with_system_prompt
+from understudy.prompts import check_embedded, render_messages, rows_from, with_system_prompt
 from understudy.recorder import Recorder
-from understudy.rows import Row
+from understudy.rows import Row, read_rows
 from understudy.tokenization import ModelText
 from understudy.types import TrainingExample
 
+# Of the orders of rows that a mixed-in source is read in: not those of [prompts].
+_MIX_SEED = 1
 
-def supervised_loop(parts: Parts, examples: Sequence[TrainingExample], recorder: Recorder) -> None:
+
+@dataclass(frozen=True)
+class Examples:
+    """What `sft` trains on: ``mixed_in`` makes up ``share`` of it (0: there is none)."""
+
+    own: Sequence[TrainingExample]
+    mixed_in: Sequence[TrainingExample] = ()
+    share: float = 0.0
+    shuffle: tuple[bool, bool] = (True, True)
+
+    def at(self, step: int, batch_size: int, *, seed: int) -> list[TrainingExample]:
+        """The examples of step ``step`` (0-based), a function of the arguments alone. Over all steps the share is
+        exact to one sequence."""
+        first, last = (math.floor(self.share * count * batch_size + 0.5) for count in (step, step + 1))
+        mixed, start = last - first, step * batch_size - first
+        own = rows_from(len(self.own), start, batch_size - mixed, seed=[seed], shuffle=self.shuffle[0])
+        examples = [self.own[row] for row in own]
+        if mixed:
+            rows = rows_from(len(self.mixed_in), first, mixed, seed=[seed, _MIX_SEED], shuffle=self.shuffle[1])
+            examples += [self.mixed_in[row] for row in rows]
+        return examples
+
+
+def supervised_loop(parts: Parts, examples: Examples, recorder: Recorder) -> None:
     """Cross-entropy on ``supervised.batch_size`` examples a step until ``optim.num_steps`` or a request to stop."""
     config = parts.config
-    shuffle = config.prompts is None or config.prompts.shuffle
     for step in range(recorder.first_step, config.optim.num_steps):
-        rows = batch_for_step(len(examples), config.supervised.batch_size, seed=config.seed, step=step, shuffle=shuffle)
-        batches = micro_batches([examples[row] for row in rows], **parts.batching)
+        chosen = examples.at(step, config.supervised.batch_size, seed=config.seed)
+        batches = micro_batches(chosen, **parts.batching)
         learning_rate = learning_rate_at(config.optim, step)
         update = optimizer_step(parts.trainer, batches, CrossEntropy(), learning_rate=learning_rate)
         if recorder.finish_step(step + 1, {"optim/learning_rate": learning_rate, **update_metrics(update)}) == "stop":
             return
 
 
+def load_examples(config: RunConfig, rows: Sequence[Row], model: ModelText, stop_ids: frozenset[int]) -> Examples:
+    """``rows`` of [prompts] and those of [supervised.mix] as examples. Raises ConfigError naming file and line."""
+    assert config.prompts is not None
+    longest = config.supervised.max_tokens
+    own = supervised_examples(rows, config.prompts, model, stop_ids, max_tokens=longest)
+    mix = config.supervised.mix
+    if mix is None:
+        return Examples(own, shuffle=(config.prompts.shuffle, True))
+    mixed_in = supervised_examples(read_rows(mix), mix, model, stop_ids, max_tokens=longest)
+    return Examples(own, mixed_in, mix.share, (config.prompts.shuffle, True))
+
+
 def supervised_examples(
-    rows: Iterable[Row], config: RowsConfig, model: ModelText, stop_ids: frozenset[int]
+    rows: Iterable[Row],
+    config: RowsConfig,
+    model: ModelText,
+    stop_ids: frozenset[int],
+    *,
+    max_tokens: int | None = None,
 ) -> list[TrainingExample]:
     """Rows -> examples. Raises ConfigError naming file and line.
 
@@ -40,21 +83,28 @@ def supervised_examples(
     {"text"}: every token but the first trains. Each ends with one of ``stop_ids``, which takes the place of another end
     token and is appended where the row does not bring one, but for rows that `generate` marked "length": a teacher's
     cut answer is no place to learn to stop.
+
+    ``max_tokens``: the longest sequence, where that is less than the model's context.
     """
     examples = []
+    longest = min(max_tokens or model.context_length, model.context_length)
     for row in rows:
         prompt_ids, completion_ids = _split(row, config, model)
         completion_ids = _ended(row, completion_ids, model, stop_ids)
         check_embedded(row, [*prompt_ids, *completion_ids], model)
-        if len(prompt_ids) + len(completion_ids) > model.context_length:
+        if len(prompt_ids) + len(completion_ids) > longest:
             if config.over_long == "skip":
                 continue
+            if config.over_long == "split" and row.values.get("text") is not None:
+                examples += _pieces([*prompt_ids, *completion_ids], longest)
+                continue
+            limit = f"the context of {model.name}" if longest == model.context_length else "supervised.max_tokens"
             raise row.error(
                 f"{len(prompt_ids) + len(completion_ids)} tokens",
-                f"at most {model.context_length}, the context of {model.name}",
-                'shorten the row, or set prompts.over_long = "skip"',
+                f"at most {longest}, {limit}",
+                'shorten the row, or set over_long to "skip", or to "split" for documents',
             )
-        examples.append(TrainingExample(prompt_ids, completion_ids, [True] * len(completion_ids)))
+        examples.append(_example(prompt_ids, completion_ids))
     if not examples:
         raise ConfigError(
             config.path,
@@ -63,6 +113,17 @@ def supervised_examples(
             remedy="split the rows",
         )
     return examples
+
+
+def _example(prompt_ids: list[int], completion_ids: list[int]) -> TrainingExample:
+    return TrainingExample(prompt_ids, completion_ids, [True] * len(completion_ids))
+
+
+def _pieces(ids: list[int], longest: int) -> Iterator[TrainingExample]:
+    """A document in sequences of at most ``longest`` tokens. Each begins with the token the last one ended with, so
+    that every token but the document's first is predicted once."""
+    for start in range(0, len(ids) - 1, longest - 1):
+        yield _example(ids[start : start + 1], ids[start + 1 : start + longest])
 
 
 def _split(row: Row, config: RowsConfig, model: ModelText) -> tuple[list[int], list[int]]:
