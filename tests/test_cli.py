@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from understudy import ConfigError, RunConfig
-from understudy.cli import parse_overrides, smoke_config
+from understudy.cli_arguments import parse_overrides, smoke_config
 from user import metrics, run_cli, save_model, tree, word_tokenizer, write_rows, write_toml
 
 Printed = pytest.CaptureFixture[str]
@@ -159,9 +159,9 @@ def test_smoke_raises_no_limit(run_toml: Path) -> None:
     limits = (config.prompts.limit, config.supervised.batch_size, config.optim.num_steps)
     assert (*limits, config.evaluation.tasks[0].limit) == (16, 4, 2, 8)
     [long] = smoke_config(
-        RunConfig.from_toml(run_toml, {"evaluation.tasks": [{"path": "x", "max_completion_tokens": 4096}]})
+        RunConfig.from_toml(run_toml, {"evaluation.tasks": [{"path": "x", "max_completion_tokens": 99, "samples": 16}]})
     ).evaluation.tasks
-    assert (long.limit, long.max_completion_tokens) == (8, 32)
+    assert (long.limit, long.max_completion_tokens, long.samples) == (8, 32, 2)
 
 
 def test_a_grader_in_the_working_folder(run_toml: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from tiny import prompt_of, sampler_of, teacher_of, tiny_model, trainer_of
+from understudy import flops
 from understudy.batching import micro_batches
 from understudy.config import SamplingConfig
 from understudy.costs import (
     CostLedger,
+    CountedModel,
     MeteredSampler,
     MeteredTeacher,
     MeteredTrainer,
@@ -17,7 +19,7 @@ from understudy.costs import (
     training_flops,
 )
 from understudy.objectives import CrossEntropy
-from understudy.teacher_scores import score_reference
+from understudy.teacher_scores import score_reference, score_rollouts
 from understudy.types import TokenSequence, TrainingExample
 
 
@@ -30,20 +32,55 @@ def test_flops_per_token() -> None:
 
 def test_the_ledger_adds_up() -> None:
     costs = CostLedger()
-    costs.add("student_sampling", tokens=10, flops=100.0, seconds=1.0)
+    costs.add("student_sampling", tokens=10, flops=100.0, seconds=1.0, exact_flops=110.0)
     costs.add("student_sampling", tokens=5, flops=50.0, seconds=0.5)
     costs.add("teacher_scoring", tokens=15, flops=900.0, seconds=0.25)
     costs.add("evaluation", tokens=1000, flops=1e6, seconds=60.0)
-    assert costs.roles["student_sampling"] == {"tokens": 15, "flops": 150.0, "seconds": 1.5}
-    assert [costs.total(name) for name in ("tokens", "flops", "seconds")] == [30, 1050.0, 1.75]  # without evaluation
+    assert costs.roles["student_sampling"] == {"tokens": 15, "flops": 150.0, "exact_flops": 160.0, "seconds": 1.5}
+    amounts = ("tokens", "flops", "exact_flops", "seconds")
+    assert [costs.total(name) for name in amounts] == [30, 1050.0, 1060.0, 1.75]  # without evaluation
     assert costs.take_seconds() == {"student_sampling": 1.5, "teacher_scoring": 0.25, "evaluation": 60.0}
     assert costs.take_seconds() == {}
     content = json.loads(json.dumps(costs.to_json()))
-    assert content["total_without_evaluation"] == {"tokens": 30, "flops": 1050.0, "seconds": 1.75}
+    assert content["total_without_evaluation"] == {
+        "tokens": 30,
+        "flops": 1050.0,
+        "exact_flops": 1060.0,
+        "seconds": 1.75,
+    }
     resumed = CostLedger.from_json(content)
     resumed.add("student_sampling", tokens=1, flops=2.0, seconds=0.5)
-    assert resumed.roles["student_sampling"] == {"tokens": 16, "flops": 152.0, "seconds": 2.0}
+    assert resumed.roles["student_sampling"] == {"tokens": 16, "flops": 152.0, "exact_flops": 162.0, "seconds": 2.0}
     assert costs.roles["student_sampling"]["tokens"] == 15  # a copy
+
+
+def test_files_without_an_exact_count_continue_with_the_convention() -> None:
+    costs = CostLedger.from_json({"roles": {"student_training": {"tokens": 3, "flops": 60.0, "seconds": 1.0}}})
+    costs.add("student_training", tokens=1, flops=20.0, seconds=1.0, exact_flops=15.0)
+    assert costs.roles["student_training"] == {"tokens": 4, "flops": 80.0, "exact_flops": 75.0, "seconds": 2.0}
+
+
+def test_the_exact_count_is_beside_the_convention() -> None:
+    """Sampling, scoring and training of one group, by the formulas of flops.py."""
+    model, costs = tiny_model(seed=5), CostLedger()
+    shape = flops.shape_of_config(model.config)
+    assert shape is not None
+    counted = CountedModel(shape, shares_prompts=True, samples_shared=True)
+    prompt, sampling = prompt_of([1, 2, 3, 4, 5], 0), SamplingConfig(group_size=3, max_completion_tokens=4)
+    sampler = MeteredSampler(sampler_of(model), costs, "student_sampling", 100, counted)
+    [group] = sampler.sample([prompt], sampling, seed=0)
+    lengths = [len(rollout.completion_ids) for rollout in group]
+    written = flops.sampling(shape, 5, lengths).total
+    assert costs.roles["student_sampling"]["exact_flops"] == written
+    assert costs.roles["student_sampling"]["flops"] == 200 * (15 + sum(lengths))
+    teacher = MeteredTeacher(teacher_of(model), costs, 1000, counted=counted)
+    score_rollouts({"default": teacher}, group, "sampled")
+    assert costs.roles["teacher_scoring"]["exact_flops"] == written
+    trainer = MeteredTrainer(trainer_of(model), costs, (100, 100), counted)
+    examples = [TrainingExample(r.prompt.prompt_ids, r.completion_ids, [True] * len(r.completion_ids)) for r in group]
+    [batch] = micro_batches(examples, micro_batch_tokens=99, share_prompts=True)
+    trainer.forward_backward(batch, CrossEntropy())
+    assert costs.roles["student_training"]["exact_flops"] == 3 * written
 
 
 def test_roles_are_metered_and_pass_everything_through() -> None:

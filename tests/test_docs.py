@@ -3,7 +3,8 @@
 Fenced blocks of README.md and docs/*.md, in the order of each file, in a folder of its own that holds ``models/start``,
 ``models/teacher``, ``prompts.jsonl`` and ``test.jsonl`` (the ledger world's):
 
-    toml     a whole configuration, written to the file that a first line ``# name.toml`` names (``run.toml`` without);
+    toml     a whole configuration, or a plan for ``cost``, written to the file that a first line ``# name.toml`` names
+             (``run.toml`` without);
              ``# part of name.toml`` as first line: laid over that file, which is not written
     python   executed; the blocks of one file share their names
     console  lines ``$ understudy ...`` are run. Training commands get --smoke, and what they wrote then also stands
@@ -31,8 +32,11 @@ import pytest
 from pydantic import TypeAdapter
 
 import understudy
-from understudy import RunConfig, cli
+from understudy import RunConfig, cli, cli_arguments
 from understudy.config import field_rows
+from understudy.config_plan import load_plan
+from understudy.tasks import Grade
+from understudy.types import Prompt
 from understudy.worlds.ledger_demo import prepare
 from user import metrics, run_cli
 
@@ -108,7 +112,10 @@ def use_toml(code: str) -> None:
     name = re.match(r"# ([\w.-]+\.toml)\n", code)
     file = Path(name[1] if name else "run.toml")
     file.write_text(code, encoding="utf-8")
-    RunConfig.from_toml(file)
+    if "methods" in tomllib.loads(code):
+        load_plan(file)
+    else:
+        RunConfig.from_toml(file)
 
 
 def merged(tree: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,7 +133,7 @@ def run_command(arguments: list[str], monkeypatch: pytest.MonkeyPatch, *, only_p
     if arguments[0] not in TRAINING:
         assert run_cli(monkeypatch, *arguments) == 0, arguments
         return
-    config = RunConfig.from_toml(arguments[1], cli.parse_overrides(overrides(arguments[2:])))
+    config = RunConfig.from_toml(arguments[1], cli_arguments.parse_overrides(overrides(arguments[2:])))
     full, small = Path(config.output_dir), Path(f"{config.output_dir}-smoke")
     if "--resume" not in arguments:
         shutil.rmtree(small, ignore_errors=True)
@@ -257,7 +264,7 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, 
         "rl": ("rl", rewarded),
         "sft": ("sft", {"prompts": {"path": str(sft_rows)}}),
         "generate": ("generate", {"teacher": teacher, "prompts": {"path": str(world / "test.jsonl")}}),
-        "eval": ("evaluate", {"evaluation": {"tasks": [task]}}),
+        "eval": ("evaluate", {"evaluation": {"tasks": [task | {"samples": 2, "grader": "test_docs:graded"}]}}),
     }
     folders = {}
     for name, (method, sections) in kinds.items():
@@ -267,14 +274,19 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, 
             "prompts": {"path": str(world / "prompts.jsonl")},
             "sampling": {"max_completion_tokens": 8},
         }
-        config = cli.smoke_config(RunConfig.model_validate(tree | sections))
+        config = cli_arguments.smoke_config(RunConfig.model_validate(tree | sections))
         folders[name] = getattr(understudy, method)(config, quiet=True).folder
     return folders
 
 
+def graded(prompt: Prompt, completion: str, finish_reason: str) -> Grade:
+    return Grade(float(finish_reason == "stop"), details={"words": len(completion.split())})
+
+
 def generic(name: str) -> str:
     name = re.sub(r"^time/\w+$", "time/<role>", name)
-    return re.sub(r"^eval/ledger/(greedy|t1)", "eval/<task>/<decoding>", name)
+    name = re.sub(r"^eval/ledger/(greedy|t1)", "eval/<task>/<decoding>", name)
+    return re.sub(r"_pass@\d+$", "_pass@<m>", name).replace("_words", "_<detail>")
 
 
 def test_every_metric_is_defined(runs: Mapping[str, Path]) -> None:
@@ -310,7 +322,7 @@ def test_every_role_is_named(runs: Mapping[str, Path]) -> None:
     for content in costs.values():
         assert set(content) == {"schema_version", "roles", "total_without_evaluation"}
         assert content["schema_version"] == 1
-        assert all(set(entry) == {"tokens", "flops", "seconds"} for entry in content["roles"].values())
+        assert all(set(e) == {"tokens", "flops", "exact_flops", "seconds"} for e in content["roles"].values())
 
 
 def test_rollouts_have_the_documented_fields_and_types(runs: Mapping[str, Path]) -> None:
@@ -365,7 +377,7 @@ def test_folders_hold_what_is_said(runs: Mapping[str, Path]) -> None:
     assert names(runs["full"]) == training | {"rollouts"}
     assert names(runs["sft"]) == training
     assert names(runs["generate"]) == {"config.toml", "samples.jsonl", "costs.json"}
-    assert names(runs["eval"]) == {"config.toml", "evaluation.json"}
+    assert names(runs["eval"]) == {"config.toml", "evaluation.json", "evaluation"}
     checkpoint = names(runs["full"] / "checkpoints" / "step_000002")
     text = (ROOT / "docs" / "rollouts.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in text for name in checkpoint)

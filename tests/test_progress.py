@@ -18,7 +18,8 @@ def test_the_exact_kl_stands_for_both() -> None:
 
 def test_evaluations_are_shown_without_their_errors() -> None:
     row = {"step": 0, "eval/sums/greedy": 0.5, "eval/sums/greedy_se": 0.1, "eval/sums/greedy_truncated": 0.2}
-    assert summary(row) == "sums/greedy 0.500"
+    row |= {"eval/sums/t0.6": 0.25, "eval/sums/t0.6_pass@2": 0.4, "eval/sums/t0.6_no_answer": 0.3}
+    assert summary(row) == "sums/greedy 0.500  sums/t0.6 0.250"
 
 
 def test_a_log_gets_a_line_when_there_is_news(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from understudy.assembly import Given, Parts, assemble, set_threads
+from understudy.assembly import Given, Parts, assemble, counted_model, matmul_sizes, set_threads
 from understudy.backends.loading import fast_bfloat16, load_student, pick_device
 from understudy.backends.local import LocalSampler
 from understudy.backends.protocols import Sampler, Teacher, Trainer
 from understudy.checkpoints import checkpoint_path, write_json
 from understudy.config import RunConfig, StudentConfig
 from understudy.costs import CostLedger, MeteredSampler
-from understudy.evaluation import evaluate_tasks
+from understudy.evaluation import evaluate_tasks, outcome_metrics, task_outcomes, write_outcomes
 from understudy.loop import on_policy_loop, sample_and_score
 from understudy.preflight import Checked, Method, check_run
 from understudy.progress import ProgressSampler, piece_size
@@ -34,12 +34,14 @@ log = logging.getLogger("understudy")
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where a run stands. ``metrics`` is its last row; ``interrupted_at`` the step a Ctrl-C ended it after."""
+    """Where a run stands. ``metrics`` is its last row; ``interrupted_at`` the step a Ctrl-C ended it after;
+    ``stop_requested`` is also true of a run that one reached in its last step."""
 
     folder: Path
     student: Path | None
     metrics: Mapping[str, Any] = field(default_factory=dict)
     interrupted_at: int | None = None
+    stop_requested: bool = False
 
 
 def distill(
@@ -145,7 +147,7 @@ def _run(
                 work(parts, recorder)
             finally:
                 recorder.close()
-        return _finished(folder, recorder.last_row, recorder.interrupted_at)
+        return replace(_finished(folder, recorder.last_row, recorder.interrupted_at), stop_requested=stop.requested)
 
 
 def _finished(folder: RunFolder, row: Mapping[str, Any], interrupted_at: int | None) -> RunResult:
@@ -212,7 +214,7 @@ def _write_samples(folder: RunFolder, checked: Checked, samples: SampleFile, qui
         costs = CostLedger.from_json(json.loads(costs_path.read_text(encoding="utf-8")))
     done = kept // sampling.group_size
     local = LocalSampler(model, stop_ids=checked.stop_ids, ends=checked.ends)
-    metered = MeteredSampler(local, costs, "teacher_sampling", model.matmul_parameters()[0])
+    metered = MeteredSampler(local, costs, "teacher_sampling", matmul_sizes(model)[0], counted_model(model))
     sampler = ProgressSampler(metered, "generate", num_prompts=len(prompts), done=done, quiet=quiet)
     sources = {row.index: row.values for row in checked.rows}
     with contextlib.closing(sampler):
@@ -239,7 +241,8 @@ def _for_sampling(model: StudentConfig) -> StudentConfig:
 
 
 def evaluate(config: RunConfig, *, quiet: bool = False) -> RunResult:
-    """Grade ``student.model`` on ``[[evaluation.tasks]]``: ``evaluation.json``."""
+    """Grade ``student.model`` on ``[[evaluation.tasks]]``: ``evaluation.json``, and ``evaluation/`` problem by
+    problem."""
     checked = check_run(config, "eval")
     with RunFolder(config, method="eval") as folder:
         set_threads(config)
@@ -248,7 +251,9 @@ def evaluate(config: RunConfig, *, quiet: bool = False) -> RunResult:
         total = sum(len(task.prompts) * len(task.config.temperatures) for task in checked.tasks)
         local = LocalSampler(model, stop_ids=checked.stop_ids, ends=checked.ends)
         with contextlib.closing(ProgressSampler(local, "eval", num_prompts=total, quiet=quiet)) as sampler:
-            metrics = evaluate_tasks(sampler, checked.tasks, checked.decode)
+            outcomes = [o for task in checked.tasks for o in task_outcomes(sampler, task, checked.decode)]
         folder.write_config(config)
+        write_outcomes(folder.path, outcomes)
+        metrics = outcome_metrics(outcomes)
         write_json(folder.path / "evaluation.json", metrics)
     return RunResult(folder.path, None, metrics)

@@ -11,14 +11,16 @@ from typing import Any
 import torch
 
 from understudy.advantages import CreditRules
+from understudy.backends.cache import new_cache
 from understudy.backends.language_model import LanguageModel, check_packing
 from understudy.backends.loading import default_micro_batch_tokens, load_student
 from understudy.backends.local import LocalSampler, LocalTeacher, LocalTrainer
 from understudy.backends.protocols import Sampler, Teacher, Trainer
-from understudy.config import RunConfig, TeacherConfig
-from understudy.costs import CostLedger, MeteredSampler, MeteredTeacher, MeteredTrainer
+from understudy.config import RunConfig, StudentConfig, TeacherConfig
+from understudy.costs import CostLedger, CountedModel, MeteredSampler, MeteredTeacher, MeteredTrainer
 from understudy.errors import ConfigError
 from understudy.evaluation import EvalTask
+from understudy.flops import Update, shape_of_config
 from understudy.objectives import Objective
 from understudy.precision import choose_compute_dtype, load_teacher
 from understudy.preflight import Checked
@@ -90,7 +92,7 @@ def assemble(config: RunConfig, checked: Checked, costs: CostLedger, *, checkpoi
     set_threads(config)
     _check_given(config, checked, given)
     student = _student(config, checked, checkpoint, given)
-    sizes = student.matmul_parameters() if student else (0, 0)
+    sizes, counted = matmul_sizes(student), counted_model(student, config.student)
     config = _with_micro_batches(config, student)
     sampler, trainer, config = _sampler_and_trainer(config, checked, student, given)
     teachers, config = _teachers(config, checked, student, sampler, given)
@@ -99,13 +101,13 @@ def assemble(config: RunConfig, checked: Checked, costs: CostLedger, *, checkpoi
     config = _resolve_rest(_with_estimator(config, effective.objective.estimator, bool(teachers)), checked, student)
     return Parts(
         config=config,
-        sampler=MeteredSampler(sampler, costs, "student_sampling", sizes[0]),
-        teachers={name: MeteredTeacher(teacher, costs, _size(teacher)) for name, teacher in teachers.items()},
+        sampler=MeteredSampler(sampler, costs, "student_sampling", sizes[0], counted),
+        teachers={name: _metered(teacher, costs, "teacher_scoring") for name, teacher in teachers.items()},
         page_teachers=teachers,
-        reference=MeteredTeacher(reference, costs, _size(reference), "reference_scoring") if reference else None,
+        reference=_metered(reference, costs, "reference_scoring") if reference else None,
         page_reference=reference,
-        trainer=MeteredTrainer(trainer, costs, sizes),
-        evaluator=MeteredSampler(sampler, costs, "evaluation", sizes[0]),
+        trainer=MeteredTrainer(trainer, costs, sizes, counted),
+        evaluator=MeteredSampler(sampler, costs, "evaluation", sizes[0], counted),
         objective=build_objective(effective, teachers, reference),
         needs=score_needs(effective.objective),
         grader=given.grader or checked.grader,
@@ -285,9 +287,48 @@ def _present(student: LanguageModel | None) -> LanguageModel:
     return student
 
 
-def _size(teacher: Teacher) -> int:
-    """Weights a scored token passes; 0 where that is not known (a caller's own teacher)."""
-    return teacher.model.matmul_parameters()[0] if isinstance(teacher, LocalTeacher) else 0
+def matmul_sizes(model: LanguageModel | None) -> tuple[int, int]:
+    """(all, trainable) weights a token is multiplied with: of experts, those it is sent to; zeros where there is no
+    model in this process."""
+    if model is None:
+        return 0, 0
+    weights, trainable = model.matmul_parameters()
+    shape = shape_of_config(model.config)
+    idle = shape.idle_weights if shape else 0
+    return weights - idle, trainable - (idle if trainable == weights else 0)
+
+
+def counted_model(model: LanguageModel | None, student: StudentConfig | None = None) -> CountedModel | None:
+    """What the exact FLOP count needs; ``student``: how the model trains, if it does. None, with a warning, for an
+    architecture whose products are not known: 2N per token then stands in for it."""
+    if model is None:
+        return None
+    shape = shape_of_config(model.config)
+    if shape is None:
+        log.warning(
+            "the FLOPs of %s (%s) are counted by the convention alone, 2N per token: its products are not known",
+            type(model.model).__name__,
+            model.config.model_type,
+        )
+        return None
+    lora = student.lora if student else None
+    update = Update(
+        rank=lora.rank if lora else 0,
+        targets=lora.target_modules if lora else "all-linear",
+        recompute=student is not None and student.gradient_checkpointing,
+    )
+    return CountedModel(
+        shape=replace(shape, vocab=model.head.vocab_size),
+        shares_prompts=model.shares_prompts,
+        samples_shared=new_cache(model.config) is not None,
+        update=update,
+    )
+
+
+def _metered(teacher: Teacher, costs: CostLedger, role: str) -> MeteredTeacher:
+    """A teacher on the ledger, at no FLOPs where its size is not known (a caller's own teacher)."""
+    model = teacher.model if isinstance(teacher, LocalTeacher) else None
+    return MeteredTeacher(teacher, costs, matmul_sizes(model)[0], role, counted_model(model))
 
 
 def _teachers(

@@ -3,33 +3,23 @@ Ctrl-C."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 import understudy
-from understudy.config import EvalTaskConfig, RunConfig, field_rows
-from understudy.errors import ConfigError, UnderstudyError
+from understudy import cli_tools
+from understudy.cli_arguments import Overrides, Resume, Run, Smoke, load_config, parse_overrides, smoke_config
+from understudy.errors import UnderstudyError
 
 if TYPE_CHECKING:
     from understudy.api import RunResult
-
-_OVERRIDES_HELP = "Any key of the file, e.g. --optim.learning_rate 1e-4. Every key is listed by `understudy keys`."
-Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help=_OVERRIDES_HELP, show_default=False)]
-Run = Annotated[Path, Parameter(help="The TOML file that describes the run.", show_default=False)]
-Resume = Annotated[bool, Parameter(negative="", help="Continue the interrupted run in output_dir.")]
-Smoke = Annotated[
-    bool,
-    Parameter(negative="", help="Two tiny steps into <output_dir>-smoke (an earlier smoke run there is replaced)."),
-]
 
 app = App(
     name="understudy",
@@ -41,6 +31,8 @@ app = App(
 )
 world = App(name="world", help="Small models and tasks built from nothing.")
 app.command(world)
+for tool in (cli_tools.compare, cli_tools.cost, cli_tools.report, cli_tools.estimators, cli_tools.keys):
+    app.command(tool)
 
 
 @app.command
@@ -57,7 +49,7 @@ def distill(run: Run, /, *overrides: Overrides, resume: Resume = False, smoke: S
     """
     from understudy import api
 
-    return _finish(api.distill(_config(run, overrides, smoke, resume), resume=resume), run)
+    return _finish(api.distill(load_config(run, overrides, smoke, resume), resume=resume), run)
 
 
 @app.command
@@ -70,7 +62,7 @@ def rl(run: Run, /, *overrides: Overrides, resume: Resume = False, smoke: Smoke 
     """
     from understudy import api
 
-    return _finish(api.rl(_config(run, overrides, smoke, resume), resume=resume), run)
+    return _finish(api.rl(load_config(run, overrides, smoke, resume), resume=resume), run)
 
 
 @app.command
@@ -83,7 +75,7 @@ def sft(run: Run, /, *overrides: Overrides, resume: Resume = False, smoke: Smoke
     """
     from understudy import api
 
-    return _finish(api.sft(_config(run, overrides, smoke, resume), resume=resume), run)
+    return _finish(api.sft(load_config(run, overrides, smoke, resume), resume=resume), run)
 
 
 @app.command
@@ -96,7 +88,7 @@ def generate(run: Run, /, *overrides: Overrides, resume: Resume = False, smoke: 
     """
     from understudy import api
 
-    result = api.generate(_config(run, overrides, smoke, resume), resume=resume)
+    result = api.generate(load_config(run, overrides, smoke, resume), resume=resume)
     print(f"{result.metrics['samples']} completions in {result.folder / 'samples.jsonl'}")
     return 0
 
@@ -105,7 +97,8 @@ def generate(run: Run, /, *overrides: Overrides, resume: Resume = False, smoke: 
 def eval_(run: Run, /, *overrides: Overrides, smoke: Smoke = False) -> int:
     """Grade [student] on [[evaluation.tasks]].
 
-    Graders: exact_match, last_number, ledger, or your own function as "package.module:function".
+    Graders: exact_match, last_number, math, choice, questions, ifeval, reasoning_gym, ledger, or your own function as
+    "package.module:function".
 
     For example:
 
@@ -113,50 +106,49 @@ def eval_(run: Run, /, *overrides: Overrides, smoke: Smoke = False) -> int:
     """
     from understudy import api
 
-    result = api.evaluate(_config(run, overrides, smoke))
+    result = api.evaluate(load_config(run, overrides, smoke))
     for name, value in result.metrics.items():
         if not name.endswith("_se"):
             error = result.metrics.get(f"{name}_se")
             print(f"{name} {value:.4f}" + (f" ± {error:.4f}" if error is not None else ""))
-    print(f"written to {result.folder / 'evaluation.json'}")
+    print(f"written to {result.folder / 'evaluation.json'}; problem by problem to {result.folder / 'evaluation'}")
     return 0
 
 
-@app.command
-def keys(*, schema: bool = False) -> int:
-    """Every configuration key with its type, default and meaning.
+@app.command(name="pipeline")
+def pipeline_(
+    plan: Annotated[Path, Parameter(help="The TOML file that lists the [[phases]].", show_default=False)],
+    /,
+    *overrides: Overrides,
+    resume: Resume = False,
+    smoke: Smoke = False,
+) -> int:
+    """Run several phases in order: sft, distill, rl, generate, eval; each goes on from the student before it.
 
-    Parameters
-    ----------
-    schema
-        Print the JSON schema instead, for editors.
-    """
-    if schema:
-        print(json.dumps(RunConfig.model_json_schema(), indent=2))
-        return 0
-    for name, kind, default, description in field_rows():
-        print(f"{name}  ({kind}; {default})\n    {description}")
-    return 0
-
-
-@app.command
-def estimators() -> int:
-    """What each objective's expected gradient is, its variance and its price: the page docs/estimators.md.
-
-    Computed on the spot by writing down every outcome of sampling in small random worlds; half a minute.
+    Knowledge in, behaviour back, again: docs/pipelines.md describes the plan's file. Overrides change what all phases
+    share; --phases.<name>.<key> changes one phase. A plan that cannot work is refused before its first phase.
 
     For example:
 
-        understudy estimators > docs/estimators.md
+        understudy pipeline plan.toml
+
+        understudy pipeline plan.toml --resume
+
+        understudy pipeline plan.toml --smoke --phases.behaviour.optim.num_steps 30
     """
-    import torch
+    from understudy.config_pipeline import PipelineConfig
+    from understudy.pipeline import pipeline, remove_miniature
 
-    from understudy.estimators.table import render
-
-    torch.set_num_threads(1)  # tensors of a few hundred numbers
-    with Console(stderr=True).status("writing down every outcome"):
-        page = render()
-    print(page, end="")
+    config = PipelineConfig.from_toml(plan, parse_overrides(overrides))
+    if smoke:
+        config = config.in_miniature(smoke_config)
+        if not resume:
+            remove_miniature(Path(config.output_dir), smoke_config)
+    result = pipeline(config, resume=resume)
+    if result.interrupted:
+        print(f"stopped with {len(result.phases)} phases finished; continue with the same command and --resume")
+        return 130
+    print(f"student  {result.student}\nreport   {result.folder / 'report.html'}")
     return 0
 
 
@@ -207,108 +199,6 @@ def build(name: Literal["ledger", "assistant"], *, output: Path, steps: int | No
     from understudy.worlds.demos import build_world
 
     return build_world(name, output, steps=steps)
-
-
-@app.command
-def report(*runs: Path) -> int:
-    """Write report.html anew from a run's files.
-
-    For example:
-
-        understudy report runs/a
-
-    Parameters
-    ----------
-    runs
-        Folders of runs.
-    """
-    from understudy.report import write_run_report
-
-    if not runs:
-        raise ConfigError("report", got="no folder", expected="a run's output_dir", remedy="understudy report runs/a")
-    for run in runs:
-        if not (run / "config.toml").exists():
-            raise ConfigError(
-                f"run {run}",
-                got="a folder without config.toml" if run.is_dir() else "no such folder",
-                expected="a run's output_dir",
-                remedy="check the path",
-            )
-        print(write_run_report(run))
-    return 0
-
-
-def _config(path: Path, overrides: tuple[str, ...], smoke: bool, resume: bool = False) -> RunConfig:
-    config = RunConfig.from_toml(path, parse_overrides(overrides))
-    if smoke:
-        config = smoke_config(config)
-        if not resume:
-            _remove_smoke_run(Path(config.output_dir))
-    return config
-
-
-def _remove_smoke_run(folder: Path) -> None:
-    """Make room where an earlier smoke run was. Anything else stays, and is refused as ever."""
-    from understudy.runs import remove_run
-
-    try:
-        stored = RunConfig.from_toml(folder / "config.toml")
-    except ConfigError:
-        return
-    # A smoke run's configuration is one that smoke would not make smaller.
-    smaller = smoke_config(stored).model_copy(update={"output_dir": stored.output_dir})
-    if Path(stored.output_dir).name == folder.name and stored == smaller:
-        remove_run(folder)
-
-
-def parse_overrides(tokens: tuple[str, ...]) -> dict[str, str]:
-    """`--a.b 1 --c=2` -> {"a.b": "1", "c": "2"}. Raises ConfigError for anything else."""
-    values: dict[str, str] = {}
-    remaining = list(tokens)
-    while remaining:
-        token = remaining.pop(0)
-        key, has_equals, value = token.partition("=")
-        if not key.startswith("--") or (not has_equals and not remaining):
-            raise ConfigError(
-                f"argument {token}",
-                got="no value" if key.startswith("--") else "a value without a key",
-                expected="--section.key value",
-                remedy="`understudy keys` lists every key",
-            )
-        values[key.removeprefix("--")] = value if has_equals else remaining.pop(0)
-    return values
-
-
-def smoke_config(config: RunConfig) -> RunConfig:
-    """The same run in miniature: two steps of a few short completions, evaluations on eight rows. Nothing grows."""
-    sampling = config.sampling
-
-    def at_most(value: int | None, most: int) -> int:
-        return most if value is None else min(value, most)
-
-    def smaller_task(task: EvalTaskConfig) -> EvalTaskConfig:
-        length = task.max_completion_tokens and min(task.max_completion_tokens, 32)
-        return task.model_copy(update={"limit": at_most(task.limit, 8), "max_completion_tokens": length})
-
-    small: Mapping[str, Any] = {
-        "group_size": min(sampling.group_size, 2),
-        "groups_per_batch": min(sampling.groups_per_batch, 4),
-        "max_completion_tokens": min(sampling.max_completion_tokens, 32),
-    }
-    tasks = tuple(smaller_task(task) for task in config.evaluation.tasks)
-    prompts = config.prompts and config.prompts.model_copy(update={"limit": at_most(config.prompts.limit, 16)})
-    supervised, optim = config.supervised, config.optim
-    mix = supervised.mix and supervised.mix.model_copy(update={"limit": at_most(supervised.mix.limit, 16)})
-    return config.model_copy(
-        update={
-            "output_dir": f"{config.output_dir}-smoke",
-            "prompts": prompts,
-            "sampling": sampling.model_copy(update=small),
-            "supervised": supervised.model_copy(update={"batch_size": at_most(supervised.batch_size, 4), "mix": mix}),
-            "optim": optim.model_copy(update={"num_steps": at_most(optim.num_steps, 2), "warmup_steps": 0}),
-            "evaluation": config.evaluation.model_copy(update={"tasks": tasks}),
-        }
-    )
 
 
 def _finish(result: RunResult, run: Path) -> int:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from understudy.config_base import Section, read_toml, set_dotted, toml_value
 from understudy.config_objective import ObjectiveConfig
+from understudy.config_rows import PromptsConfig, RowsConfig
 from understudy.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
@@ -67,37 +68,6 @@ class TeacherConfig(Section):
     """auto: the student's device."""
 
 
-class RowsConfig(Section):
-    """Where rows come from and how they are read."""
-
-    path: str
-    """A .jsonl or .parquet file, or a hub dataset id. Rows: {"prompt": text} or {"messages": [...]}, optional "answer",
-    "task", "teacher", "teacher_prompt"; for `sft`: {"prompt", "completion"}, {"messages"} ending with the assistant,
-    {"messages", "completion"}, or {"text"} (a document)."""
-    subset: str | None = None
-    """Configuration name, for hub datasets that have several."""
-    split: str = "train"
-    """Split, for hub datasets."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """Renames: {prompt = "question"} reads the prompt from the column "question"."""
-    limit: int | None = Field(default=None, ge=1)
-    """Use the first rows only."""
-    over_long: Literal["error", "skip", "split"] = "error"
-    """What to do with rows that do not fit the model's context (in `sft` also supervised.max_tokens). split: documents
-    of `sft` go on in a further sequence; other rows are errors."""
-    system_prompt: str | None = None
-    """Put before every row's messages (rows with "messages" only); refused where a row brings a system message."""
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Passed to the chat template, e.g. {enable_thinking = false}."""
-
-
-class PromptsConfig(RowsConfig):
-    """The rows a run trains on."""
-
-    shuffle: bool = True
-    """A new order each epoch, from the run's seed."""
-
-
 class SamplingConfig(Section):
     """How the student writes."""
 
@@ -125,7 +95,7 @@ class RewardConfig(Section):
     """How a completion is graded."""
 
     grader: str
-    """A grader's name (see `understudy eval --help`) or "package.module:function"."""
+    """A grader's name (docs/tasks.md) or "package.module:function"."""
 
 
 class MixConfig(RowsConfig):
@@ -180,15 +150,26 @@ class EvalTaskConfig(RowsConfig):
     name: str = "eval"
     """Metrics are named eval/<name>/..."""
     grader: str = "exact_match"
-    """A grader's name or "package.module:function"."""
+    """A grader's name (docs/tasks.md) or "package.module:function"."""
     temperatures: tuple[float, ...] = (0.0, 1.0)
-    """One completion per problem at each; 0 is greedy."""
+    """Completions are sampled at each; 0 is greedy."""
+    samples: int = Field(default=1, ge=1)
+    """Completions per problem at temperatures above 0; greedy decoding needs but one."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus mass."""
     top_k: int = Field(default=0, ge=0)
     """0: off."""
     max_completion_tokens: int | None = Field(default=None, ge=1)
     """Absent: [sampling] max_completion_tokens."""
+
+    @model_validator(mode="after")
+    def _samples_have_a_temperature(self) -> Self:
+        names = {f"{temperature:g}" for temperature in self.temperatures}  # as metrics have them
+        if not names or len(names) < len(self.temperatures) or min(self.temperatures) < 0:
+            raise ValueError(f"temperatures: at least one, none twice or below 0; got {list(self.temperatures)}")
+        if self.samples > 1 and max(self.temperatures) == 0:
+            raise ValueError(f"samples = {self.samples} needs a temperature above 0: greedy ones are all the same")
+        return self
 
 
 class EvaluationConfig(Section):
@@ -295,10 +276,15 @@ class RunConfig(Section):
         tree = read_toml(Path(path))
         for key, value in overrides.items():
             set_dotted(tree, key, toml_value(value) if isinstance(value, str) else value)
+        return cls.from_tree(tree, str(path))
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any], source: str) -> Self:
+        """A file's tree that is already read. Errors name ``source``; raised as by from_toml."""
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
-            raise _explain(error, str(path)) from None
+            raise _explain(error, source) from None
 
     def to_toml(self, header: str = "") -> str:
         """This tree as TOML that from_toml reads back; `header` lines become comments."""
@@ -312,7 +298,7 @@ def field_rows(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator
         section = _section_type(info.annotation)
         dotted = f"{prefix}{name}"
         if section is not None:
-            repeated = {"teachers": ".<name>", "tasks": "[]"}.get(name, "")
+            repeated = {"teachers": ".<name>", "methods": ".<name>", "tasks": "[]"}.get(name, "")
             yield from field_rows(section, f"{dotted}{repeated}.")
         else:
             default = "required" if info.is_required() else repr(info.get_default(call_default_factory=True))
@@ -333,11 +319,11 @@ def _type_name(annotation: Any) -> str:
     return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
 
 
-def _nearest(name: str) -> str:
+def _nearest(name: str, model: type[BaseModel]) -> str:
     """What an unknown key may have meant: a key of its section, a section, a key elsewhere; else its section's keys."""
-    generic = re.sub(r"^(teachers)\.[^.]+", r"\1.<name>", re.sub(r"\.(\d+)(?=\.|$)", "[]", name))
+    generic = re.sub(r"^(teachers|methods)\.[^.]+", r"\1.<name>", re.sub(r"\.(\d+)(?=\.|$)", "[]", name))
     section, _, leaf = generic.rpartition(".")
-    known = [row[0] for row in field_rows()]
+    known = [row[0] for row in field_rows(model)]
     prefix = f"{section}." if section else ""
     # Keys and sections that stand beside it.
     siblings = list(dict.fromkeys(k[len(prefix) :].split(".")[0] for k in known if k.startswith(prefix)))
@@ -350,16 +336,21 @@ def _nearest(name: str) -> str:
     return f"[{section}] has {', '.join(siblings)}" if siblings and section else "`understudy keys` lists every key"
 
 
-def _explain(error: ValidationError, path: str) -> ConfigError:
+def _explain(error: ValidationError, path: str, model: type[BaseModel] = RunConfig) -> ConfigError:
     # A misspelt key often leaves another one missing: the former is the cause.
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     name = ".".join(str(part) for part in first["loc"])
     others = f" ({error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
     where = f"configuration {path}: {name}{others}" if name else f"configuration {path}{others}"
     if first["type"] == "extra_forbidden":
-        return ConfigError(where, got=f"unknown key {name}", expected="a known key", remedy=_nearest(name))
+        return ConfigError(where, got=f"unknown key {name}", expected="a known key", remedy=_nearest(name, model))
     if first["type"] == "missing":
-        description = next((row[3] for row in field_rows() if row[0] == name), "")
+        description = next((row[3] for row in field_rows(model) if row[0] == name), "")
         return ConfigError(where, got="nothing", expected=description or f"a value for {name}", remedy=f"set {name}")
     got = repr(first["input"]) if name else first["msg"]
+    if first["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", first["msg"])
+        near = difflib.get_close_matches(str(first["input"]), choices, n=1, cutoff=0.5)
+        if near:
+            return ConfigError(where, got=got, expected=first["msg"], remedy=f'did you mean "{near[0]}"?')
     return ConfigError(where, got=got, expected=first["msg"], remedy=f"change {name}" if name else "change the file")

@@ -1,25 +1,32 @@
 """What a run costs: FLOPs, tokens and seconds by role.
 
-Convention (the one papers on distillation use): a token costs 2N FLOPs forward, 2N more for the gradient of activations
-and 2 per *trainable* weight for the gradient of weights, so 6N in full fine-tuning; N counts the matrices a token is
-multiplied with, the LM head included. Attention scores are left out. Sampling pays for the prompt once per completion.
+FLOPs are counted in two ways. ``flops`` is the convention that papers on distillation use: a token costs 2N forward, 2N
+more for the gradient of activations and 2 per *trainable* weight for the gradient of weights, so 6N in full
+fine-tuning; N counts the matrices a token is multiplied with, the LM head included. Attention scores are left out.
+Sampling pays for the prompt once per completion. ``exact_flops`` counts the products that the role's work consists of,
+see ``flops.py``: attention too, prompts as often as they go through the model, the LM head where it is applied.
 
 Seconds are wall time. On CUDA the clock is read when the device is done: each role pays for its own kernels.
 """
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from understudy import flops as exact
 from understudy.backends.protocols import Sampler, Teacher, Trainer
+from understudy.batching import plan_batches
 from understudy.config import SamplingConfig
-from understudy.objectives import Objective
+from understudy.flops import ALL_WEIGHTS, Flops, ModelShape, Update
+from understudy.objectives import Mixture, Objective
 from understudy.types import Batch, LossOutput, Prompt, Rollout, ScoreKind, Scores, TokenSequence
 
 
@@ -42,6 +49,9 @@ def _now() -> float:
     return time.perf_counter()
 
 
+_AMOUNTS = ("tokens", "flops", "exact_flops", "seconds")
+
+
 @dataclass
 class CostLedger:
     """Running totals by role ("student_sampling", "teacher_scoring", "student_training", "evaluation", ...)."""
@@ -49,11 +59,12 @@ class CostLedger:
     roles: dict[str, dict[str, float]] = field(default_factory=dict)
     last_seconds: dict[str, float] = field(default_factory=dict)
 
-    def add(self, role: str, *, tokens: int, flops: float, seconds: float) -> None:
-        """Add one phase's cost."""
-        entry = self.roles.setdefault(role, {"tokens": 0, "flops": 0.0, "seconds": 0.0})
+    def add(self, role: str, *, tokens: int, flops: float, seconds: float, exact_flops: float | None = None) -> None:
+        """Add one phase's cost. Where the exact count is not known, the convention's stands in for it."""
+        entry = self.roles.setdefault(role, dict.fromkeys(_AMOUNTS, 0.0) | {"tokens": 0})
         entry["tokens"] += tokens
         entry["flops"] += flops
+        entry["exact_flops"] += flops if exact_flops is None else exact_flops
         entry["seconds"] += seconds
         self.last_seconds[role] = self.last_seconds.get(role, 0.0) + seconds
 
@@ -71,20 +82,98 @@ class CostLedger:
         return {
             "schema_version": 1,
             "roles": self.roles,
-            "total_without_evaluation": {name: self.total(name) for name in ("tokens", "flops", "seconds")},
+            "total_without_evaluation": {name: self.total(name) for name in _AMOUNTS},
         }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> CostLedger:
-        """Continue from costs.json."""
-        return cls({role: dict(entry) for role, entry in content["roles"].items()})
+        """Continue from costs.json; where there is no exact count yet, the convention's stands in."""
+        return cls({role: {"exact_flops": entry["flops"], **entry} for role, entry in content["roles"].items()})
+
+
+@dataclass(frozen=True)
+class CountedModel:
+    """What the exact count of a model's work needs to know: its shape, what trains, and whether completions share their
+    prompt when it scores or trains (``shares_prompts``) and when it writes (``samples_shared``)."""
+
+    shape: ModelShape
+    shares_prompts: bool
+    samples_shared: bool
+    update: Update = ALL_WEIGHTS
+
+    def sampling(self, groups: Sequence[Sequence[Rollout]]) -> float:
+        """FLOPs of writing these completions."""
+        written = Flops()
+        for group in groups:
+            lengths = [len(rollout.completion_ids) for rollout in group]
+            prompt = len(group[0].prompt.prompt_ids)
+            written += exact.sampling(self.shape, prompt, lengths, shared=self.samples_shared)
+        return written.total
+
+    def scoring(self, sequences: Sequence[TokenSequence], kind: ScoreKind) -> float:
+        """FLOPs of marking these sequences. A prompt counts once for all that share it, though a batch's limit may
+        separate them."""
+        marked = Flops()
+        for arrangement, chosen in plan_batches(sequences, max_tokens=sys.maxsize, share_prompts=self.shares_prompts):
+            by_prompt: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+            for i in chosen:
+                by_prompt[tuple(sequences[i].prompt_ids)].append(len(sequences[i].completion_ids))
+            for prompt, lengths in by_prompt.items():
+                marked += exact.scoring(self.shape, len(prompt), lengths, shared=arrangement == "shared")
+        # The best tokens are found in a second pass over the vocabulary.
+        return marked.total + (marked.head if kind == "topk" else 0.0)
+
+    def training(self, batch: Batch, objective: Objective) -> float:
+        """FLOPs of a forward and backward pass: the student's head once for each of a mixture's objectives, and the
+        head of each model whose hidden states the batch brings."""
+        num_tokens = len(batch.target_ids)
+        once = sum((exact.forward(self.shape, *span, 0) for span in _spans(batch)), Flops())
+        passes = len(objective.objectives) if isinstance(objective, Mixture) else 1
+        once += Flops(head=2.0 * self.shape.head_weights * num_tokens * passes)
+        hidden = [h for h in (batch.teacher_hidden, batch.reference_hidden) if h is not None]
+        others = sum(2.0 * h.shape[-1] * self.shape.vocab * num_tokens for h in hidden)
+        return exact.backpropagated(self.shape, once, self.update).total + others
+
+
+def _spans(batch: Batch) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the runs of positions that go through the layers; what is before a start is in a cache."""
+    index = batch.token_index.cpu()
+    if batch.shared is not None:
+        prompts = batch.shared.attention_mask.sum(-1).tolist()
+        yield from ((0, length) for length in prompts)
+        # Each completion begins at its prompt's last position.
+        width = batch.input_ids.shape[1]
+        firsts = (index < batch.input_ids.numel()).nonzero()[:, 0].tolist()
+        for first, end in zip(firsts, [*firsts[1:], len(index)], strict=True):
+            prompt = prompts[int(index[first]) // width]
+            yield prompt, prompt + end - first - 1
+    elif batch.position_ids is not None:
+        starts = (batch.position_ids[0] == 0).nonzero()[:, 0].tolist()
+        yield from (
+            (0, end - start) for start, end in zip(starts, [*starts[1:], batch.position_ids.shape[1]], strict=True)
+        )
+    else:
+        # A row's last prediction is made one position before its end.
+        width = batch.input_ids.shape[1]
+        rows = index // width
+        for row in range(len(batch.input_ids)):
+            own = index[rows == row]
+            yield 0, int(own.max()) - row * width + 2 if len(own) else width
 
 
 class MeteredSampler:
     """A sampler whose work goes into the ledger."""
 
-    def __init__(self, sampler: Sampler, costs: CostLedger, role: str, num_matmul_parameters: int) -> None:
+    def __init__(
+        self,
+        sampler: Sampler,
+        costs: CostLedger,
+        role: str,
+        num_matmul_parameters: int,
+        counted: CountedModel | None = None,
+    ) -> None:
         self._sampler, self._costs, self._role, self._size = sampler, costs, role, num_matmul_parameters
+        self._counted = counted
 
     def set_policy_version(self, version: int) -> None:
         """See ``Sampler.set_policy_version``."""
@@ -96,7 +185,9 @@ class MeteredSampler:
         groups = self._sampler.sample(prompts, sampling, seed=seed)
         seconds = _now() - start
         tokens = sum(len(r.prompt.prompt_ids) + len(r.completion_ids) for group in groups for r in group)
-        self._costs.add(self._role, tokens=tokens, flops=forward_flops(self._size, tokens), seconds=seconds)
+        flops = forward_flops(self._size, tokens)
+        counted = self._counted.sampling(groups) if self._counted else None
+        self._costs.add(self._role, tokens=tokens, flops=flops, seconds=seconds, exact_flops=counted)
         return groups
 
 
@@ -104,9 +195,15 @@ class MeteredTeacher:
     """A teacher whose work goes into the ledger."""
 
     def __init__(
-        self, teacher: Teacher, costs: CostLedger, num_matmul_parameters: int, role: str = "teacher_scoring"
+        self,
+        teacher: Teacher,
+        costs: CostLedger,
+        num_matmul_parameters: int,
+        role: str = "teacher_scoring",
+        counted: CountedModel | None = None,
     ) -> None:
         self._teacher, self._costs, self._role, self._size = teacher, costs, role, num_matmul_parameters
+        self._counted = counted
         self.kinds = teacher.kinds
 
     def compute_logprobs(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:
@@ -120,15 +217,18 @@ class MeteredTeacher:
         seconds = _now() - start
         tokens = sum(len(s.prompt_ids) + len(s.completion_ids) for s in sequences)
         flops = forward_flops(self._size, tokens)
-        self._costs.add(self._role, tokens=tokens, flops=flops, seconds=seconds)
+        counted = self._counted.scoring(sequences, kind) if self._counted else None
+        self._costs.add(self._role, tokens=tokens, flops=flops, seconds=seconds, exact_flops=counted)
         return scores
 
 
 class MeteredTrainer:
     """A trainer whose updates go into the ledger; looking at log-probabilities for pages does not."""
 
-    def __init__(self, trainer: Trainer, costs: CostLedger, sizes: tuple[int, int]) -> None:
-        self._trainer, self._costs, self._sizes = trainer, costs, sizes
+    def __init__(
+        self, trainer: Trainer, costs: CostLedger, sizes: tuple[int, int], counted: CountedModel | None = None
+    ) -> None:
+        self._trainer, self._costs, self._sizes, self._counted = trainer, costs, sizes, counted
 
     def compute_logprobs(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:
         """See ``Trainer.compute_logprobs``."""
@@ -141,7 +241,8 @@ class MeteredTrainer:
         seconds = _now() - start
         tokens = batch.sequence_tokens
         flops = training_flops(*self._sizes, tokens)
-        self._costs.add("student_training", tokens=tokens, flops=flops, seconds=seconds)
+        counted = self._counted.training(batch, objective) if self._counted else None
+        self._costs.add("student_training", tokens=tokens, flops=flops, seconds=seconds, exact_flops=counted)
         return output
 
     def optimizer_step(self, *, learning_rate: float, divisor: int) -> Mapping[str, float]:

@@ -176,6 +176,8 @@ def _check_answers(prompts: Sequence[Prompt], grader: Grader, source: RowsConfig
     for prompt in prompts:
         try:
             grader(prompt, "", "stop")
+        except ConfigError:
+            raise  # it says by itself what is amiss, e.g. a package
         except ValueError as error:
             raise read_rows(source)[prompt.index].error(
                 str(error),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -119,6 +120,6 @@ def summary(row: Mapping[str, Any]) -> str:
         if shown and not any(part.split()[:-1] == shown.split()[:-1] for part in parts):
             parts.append(shown)
     for name, value in row.items():
-        if name.startswith("eval/") and name.count("/") == 2 and not name.endswith("_se") and "truncated" not in name:
+        if re.fullmatch(r"eval/[^/]+/(greedy|t[\d.e+-]+)", name):  # the means: no errors, shares or details
             parts.append(f"{name.removeprefix('eval/')} {value:.3f}")
     return "  ".join(parts)

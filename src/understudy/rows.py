@@ -1,4 +1,4 @@
-"""Rows of JSONL and Parquet files and hub datasets. Every error names the file and the line."""
+"""Rows of files, hub datasets, generators and functions. Every error names the source and the place in it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from understudy.config import RowsConfig
+from understudy.config_rows import RowsConfig
 from understudy.errors import ConfigError
+from understudy.tasks.sources import GENERATOR, HUB, asked, converted, hub_dataset, is_function, made_rows, template_of
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,68 @@ class Row:
 
 
 def read_rows(config: RowsConfig) -> list[Row]:
-    """Every row of ``config.path``, columns renamed. Raises ConfigError for missing, broken or empty sources."""
-    path = Path(config.path)
-    if path.suffix in (".jsonl", ".json", ".ndjson") or (path.is_file() and path.suffix != ".parquet"):
-        raw = _jsonl(path)
-    else:
-        raw = _dataset(path, config)
+    """Every row that ``config`` names: columns renamed, records of a format made rows, prompts put in their template. A
+    list of answers becomes "answer", its first, and "answers". Raises ConfigError for missing, broken or empty
+    sources."""
     rows = [
-        Row(index, where, _renamed(where, values, config.columns))
-        for index, (where, values) in enumerate(islice(raw, config.limit))
+        Row(index, where, _row(where, values, config))
+        for index, (where, values) in enumerate(islice(_records(config), config.limit))
     ]
     if not rows:
-        raise ConfigError(str(path), got="no rows", expected="at least one", remedy="check how the file was written")
+        raise ConfigError(config.path, got="no rows", expected="at least one", remedy="check how the file was written")
     return rows
+
+
+def _records(config: RowsConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, values) as the source has them."""
+    path = Path(config.path)
+    if is_function(config.path) and not path.is_file():
+        return made_rows(config.path, config.options)
+    if config.options:
+        raise ConfigError(
+            f"rows {config.path}",
+            got=f"options {config.options}",
+            expected="none: a file or a dataset takes none",
+            remedy='drop options, or set path to "reasoning_gym:<generator>" or "package.module:function"',
+        )
+    if path.suffix == ".json" and path.is_file():
+        return _json(path)
+    if path.suffix in (".jsonl", ".json", ".ndjson") or (path.is_file() and path.suffix != ".parquet"):
+        return _jsonl(path)
+    return _dataset(path, config)
+
+
+def _row(where: str, values: Mapping[str, Any], config: RowsConfig) -> dict[str, Any]:
+    row = _renamed(where, values, config.columns)
+    if config.format is not None:
+        row = converted(where, row, config.format)
+    answer = row.get("answer")
+    if isinstance(answer, list):
+        if not answer or any(isinstance(each, list | dict | None) for each in answer):
+            raise ConfigError(
+                where,
+                got=f'"answer" is {answer!r}'[:200],
+                expected="a text, or a list of texts that are all right",
+                remedy="fix or drop the row",
+            )
+        row |= {"answer": answer[0], "answers": answer}
+    published = config.format is not None or config.path.startswith(GENERATOR)
+    template = config.prompt_template or template_of(config.path, config.format, chat=config.chat)
+    return asked(where, row, template, chat=config.chat and published)
+
+
+def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A JSON file: one list of objects, alone or as the only value of an object; or JSON lines by that name."""
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return _jsonl(path)
+    if isinstance(whole, dict) and len(whole) == 1:
+        [only] = whole.values()
+        whole = only if isinstance(only, list) else whole
+    if not isinstance(whole, list):
+        return _jsonl(path)
+    return ((f"{path}[{number}]", _object(f"{path}[{number}]", values)) for number, values in enumerate(whole))
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -87,17 +137,21 @@ def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     expected="one JSON object per line, UTF-8",
                     remedy="fix or delete the line",
                 ) from None
-            if not isinstance(values, dict):
-                raise ConfigError(
-                    where,
-                    got=f"a {type(values).__name__}",
-                    expected="a JSON object",
-                    remedy="fix or delete the line",
-                )
-            yield where, values
+            yield where, _object(where, values)
+
+
+def _object(where: str, values: Any) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        got = f"a {type(values).__name__}"
+        raise ConfigError(where, got=got, expected="a JSON object", remedy="fix or delete the line")
+    return values
 
 
 def _dataset(path: Path, config: RowsConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    name, subset, split = config.path, config.subset, config.split
+    if name == HUB:
+        hub = hub_dataset(config.format)
+        name, subset, split = hub.path, subset or hub.subset, hub.split or split
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -111,7 +165,7 @@ def _dataset(path: Path, config: RowsConfig) -> Iterator[tuple[str, dict[str, An
         if path.suffix == ".parquet":
             table = datasets.load_dataset("parquet", data_files=str(path), split="train")
         else:
-            table = datasets.load_dataset(config.path, config.subset, split=config.split)
+            table = datasets.load_dataset(name, subset, split=split)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"rows {config.path}",
@@ -120,7 +174,7 @@ def _dataset(path: Path, config: RowsConfig) -> Iterator[tuple[str, dict[str, An
             remedy="check path and split",
         ) from None
     for number, values in enumerate(table):
-        yield f"{config.path}[{number}]", dict(values)
+        yield f"{name}[{number}]", dict(values)
 
 
 def _renamed(where: str, values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:

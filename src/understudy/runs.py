@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 # What may change between a run and its continuation: how far, how often, how many. Everything else would silently make
 # another experiment of it.
-_RESUMABLE = (
+RESUMABLE = (
     "num_threads",
     "sampling.max_batch_rows",
     "optim.micro_batch_tokens",
@@ -162,8 +162,8 @@ class RunFolder:
             return config, 0
         stored = RunConfig.from_toml(path)
         self._refuse_another_run(flat(stored), flat(config))
-        changes = {name: getattr(config, name) for name in ("output_dir", *_RESUMABLE) if "." not in name}
-        for section, key in (name.split(".") for name in _RESUMABLE if "." in name):
+        changes = {name: getattr(config, name) for name in ("output_dir", *RESUMABLE) if "." not in name}
+        for section, key in (name.split(".") for name in RESUMABLE if "." in name):
             part = changes.get(section, getattr(stored, section))
             changes[section] = part.model_copy(update={key: getattr(getattr(config, section), key)})
         return stored.model_copy(update=changes), stored.optim.num_steps
@@ -177,7 +177,7 @@ class RunFolder:
             refuse("command", self.method, f"{method}, as the run began", f"use `understudy {method}`")
         for key in sorted(stored.keys() | given.keys()):
             old, new = stored.get(key), given.get(key)
-            free = any(key == name or key.startswith(f"{name}.") for name in ("output_dir", *_RESUMABLE))
+            free = any(key == name or key.startswith(f"{name}.") for name in ("output_dir", *RESUMABLE))
             # "auto" was resolved when the run began, and stays what it was resolved to.
             auto = new == "auto" or (new is None and key in _AUTO_WHEN_ABSENT)
             if old != new and not auto and not free:

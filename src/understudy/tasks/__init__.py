@@ -1,4 +1,4 @@
-"""Graders: (prompt, completion text, finish reason) -> reward, usually 0 or 1."""
+"""Graders, (prompt, completion text, finish reason) -> reward, and the sources of problems."""
 
 from understudy.tasks.graders import GRADERS, Grade, Grader, as_grade, load_grader
 

@@ -1,0 +1,154 @@
+"""A pipeline as one HTML page: its phases, what the gates said, every evaluation from phase to phase, the costs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from understudy.report import formatting, page
+from understudy.report.charts import Series, line_chart
+from understudy.report.page import Headline, Row
+from understudy.report.run_report import cost_rows
+
+_OUTCOMES = {"kept": "", "rolled_back": "rolled back", "stopped": "stopped the pipeline"}
+# Means as an evaluation names them, without their standard errors and the shares beside them.
+_METRIC = re.compile(r"eval/[^/]+/(greedy|t[\d.]+(e[+-]?\d+)?)")
+
+
+@dataclass(frozen=True)
+class PhaseRow:
+    """One line of the table of phases; ``link`` leads to the phase's own page, where it has one."""
+
+    name: str
+    link: str
+    cells: tuple[str, ...]
+    gates: tuple[str, ...]
+
+
+def write_pipeline_report(folder: Path, out: Path | None = None) -> Path:
+    """Write the page of the pipeline in ``folder`` to ``out`` (default: ``folder/report.html``) and return its path.
+
+    Links are relative: the page works wherever the folder is moved to.
+    """
+    folder = Path(folder)
+    state = json.loads((folder / "pipeline.json").read_text(encoding="utf-8"))
+    phases = state["phases"]
+    metrics = _metrics(phases)
+    roles = summed_costs([_roles(folder / phase["folder"] / "costs.json") for phase in phases])
+    context = {
+        "title": folder.resolve().name,
+        "intro": _intro(state),
+        "headlines": _headlines(phases, metrics),
+        "columns": ("Cycle", "Method", "Steps", "Time", "Compute", *(_words(metric) for metric in metrics), "Outcome"),
+        "phases": [_phase_row(folder, phase, metrics) for phase in phases],
+        "charts": [_chart(phases, metric) for metric in metrics],
+        "costs": page.grid(cost_rows(roles)),
+    }
+    return page.write_page("pipeline_report.html", Path(out) if out is not None else folder / "report.html", context)
+
+
+def _roles(path: Path) -> Mapping[str, Row]:
+    """Costs by role; an evaluation has none."""
+    return json.loads(path.read_text(encoding="utf-8"))["roles"] if path.exists() else {}
+
+
+def summed_costs(costs: Sequence[Mapping[str, Row]]) -> dict[str, dict[str, float]]:
+    """Every amount by role, over all phases."""
+    total: dict[str, dict[str, float]] = {}
+    for roles in costs:
+        for role, entry in roles.items():
+            own = total.setdefault(role, {})
+            for name, amount in entry.items():
+                own[name] = own.get(name, 0.0) + (page.finite_number(amount) or 0.0)
+    return total
+
+
+def _metrics(phases: Sequence[Row]) -> list[str]:
+    """The evaluations' means, and what gates watch beside them, in order of appearance."""
+    names = [name for phase in phases for name in (*phase["start"], *phase["final"]) if _METRIC.fullmatch(name)]
+    return list(dict.fromkeys(names + [one["gate"]["metric"] for phase in phases for one in phase["gates"]]))
+
+
+def _words(metric: str) -> str:
+    """``eval/facts/t1`` -> ``facts, T = 1``."""
+    task, _, decoding = metric.removeprefix("eval/").partition("/")
+    return f"{task}, {re.sub(r'^t(?=[0-9])', 'T = ', decoding)}"
+
+
+def _intro(state: Mapping[str, Any]) -> str:
+    plan, phases = state["plan"], state["phases"]
+    names = ", ".join(phase["name"] for phase in plan["phases"])
+    cycles = f", {plan['cycles']} cycles" if plan["cycles"] > 1 else ""
+    return f"From {plan['start']}: {names}{cycles}. Finished: {len(phases)} runs."
+
+
+def _headlines(phases: Sequence[Row], metrics: Sequence[str]) -> list[Headline]:
+    """Every evaluation from the start to the newest student that was kept, and the total price."""
+    items = []
+    for metric in metrics:
+        rows = [phase["start"] for phase in phases] + [p["final"] for p in phases if p["outcome"] != "rolled_back"]
+        known = [row for row in rows if metric in row]
+        if known:
+            first = next(phase["start"] for phase in phases if metric in phase["start"])
+            items.append(Headline(_words(metric), f"{_value(first, metric)} → {_value(known[-1], metric)}"))
+    seconds, flops = (sum(phase[name] for phase in phases) for name in ("seconds", "flops"))
+    return [
+        *items,
+        Headline("Compute without evaluation", formatting.flops(flops)),
+        Headline("Time without evaluation", formatting.duration(seconds)),
+    ]
+
+
+def _value(row: Row, metric: str) -> str:
+    return formatting.percent(page.finite_number(row.get(metric)), page.finite_number(row.get(f"{metric}_se")))
+
+
+def _phase_row(folder: Path, phase: Row, metrics: Sequence[str]) -> PhaseRow:
+    cells = [str(phase["cycle"]), phase["method"], str(phase["steps"]) if phase["steps"] else "–"]
+    cells += [formatting.duration(phase["seconds"]), formatting.flops(phase["flops"])] if phase["flops"] else ["–", "–"]
+    for metric in metrics:
+        before, after = (_value(phase[end], metric) if metric in phase[end] else "–" for end in ("start", "final"))
+        cells.append(after if phase["method"] == "eval" or before == after == "–" else f"{before} → {after}")
+    cells.append(_OUTCOMES[phase["outcome"]])
+    report = f"{phase['folder']}/report.html"
+    return PhaseRow(
+        f"{phase['folder'].partition('-')[0]} {phase['name']}",
+        report if (folder / report).exists() else "",
+        tuple(cells),
+        tuple(_gate(one) for one in phase["gates"]),
+    )
+
+
+def _gate(outcome: Mapping[str, Any]) -> str:
+    gate, number = outcome["gate"], formatting.number
+    found = f"{number(outcome['value'])}, from {number(outcome['reference'])} ({gate['against']})"
+    said = "passed" if outcome["passed"] else "failed"
+    return f"{_words(gate['metric'])}: {found}, at most {number(gate['max_drop'])} less: {said}"
+
+
+def _chart(phases: Sequence[Row], metric: str) -> Markup:
+    """The metric after each phase that was kept, from the start; what was rolled back stands beside the line."""
+    kept: list[tuple[float, Row]] = []
+    left: list[tuple[float, Row]] = []
+    for number, phase in enumerate(phases, 1):
+        if not kept and metric in phase["start"] and phase["method"] != "eval":
+            kept.append((number - 1, phase["start"]))
+        if metric in phase["final"]:
+            (left if phase["outcome"] == "rolled_back" else kept).append((number, phase["final"]))
+    lines = [_series(name, rows, metric) for name, rows in (("kept", kept), ("rolled back", left)) if rows]
+    values = [row[metric] for _, row in kept + left]
+    percent = all(0 <= value <= 1 for value in values)
+    unit = "share of answers that are right" if percent and _METRIC.fullmatch(metric) else ""
+    svg = line_chart(lines, title=_words(metric), x_label="phases done", y_label=unit, percent=percent)
+    return Markup(svg)
+
+
+def _series(name: str, rows: Sequence[tuple[float, Row]], metric: str) -> Series:
+    errors = [page.finite_number(row.get(f"{metric}_se")) for _, row in rows]
+    return Series(name, [(float(x), float(row[metric])) for x, row in rows], errors)
