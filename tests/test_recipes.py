@@ -35,6 +35,7 @@ SINGLE = {
     "maths/rl.toml": "rl",
     "one-prompt/run.toml": "distill",
     "gsm8k/run.toml": "distill",
+    "assistant/distill.toml": "distill",
 }
 _CHAT = [{"role": "user", "content": "May?"}, {"role": "assistant", "content": "April 72."}]
 # The records that the hub's datasets hold.
