@@ -242,15 +242,13 @@ a token's work itself grows with the head: seconds per FLOP. Flat: the largest i
 
 | | phase | multiples of the base point's | largest / smallest | |
 |---|---|---|---:|---|"""
-# Found with profiles and by varying oneDNN's settings; to be looked at again where a verdict changes.
+# To be looked at again where a verdict changes.
 REASONS = """
-- Sampling reads all weights once per position, whatever the rows. So a token gets cheaper with rows, with prompts (read
-  in one go; group size 1 has most of them) and, per FLOP, with a large head.
-- With length, sampling gets dearer by more than attention's FLOPs. The cache is copied as it grows. And every length is
-  a new shape, for which oneDNN compiles two bfloat16 products of half a megabyte each: nearly all of sampling's memory.
-  It keeps 1024, and from about 500 positions on compiles them again in every step.
+- Sampling reads all weights and starts all kernels once per position, whatever the rows. So a token gets cheaper with
+  rows, with prompts (read in one go; group size 1 has most of them) and, per FLOP, with a large head. It is far from
+  its floor wherever rows are few; its memory is the cache.
 - Scoring and training take micro-batches of 2048 tokens, beyond which their memory hardly grows. Over length a token
-  gets dearer because attention, likely, takes more of the seconds than of the FLOPs: only the latter is taken out.
+  gets dearer because attention takes more of the seconds than of the FLOPs: only the latter is taken out.
 - The machine had other work: one process's steps differ by a factor of {noise:.2f} (median) to {worst:.2f}, and
   processes by as much. A ratio near {FLAT} decides nothing.
 """

@@ -112,6 +112,42 @@ def test_without_a_mask_it_is_causal(name: str) -> None:
     assert torch.equal(ours(shape, *tensors, mask=None), masked)
 
 
+@pytest.mark.parametrize("name", ["grouped", "one key head", "continuing"])
+def test_long_causal_sequences_are_cut_into_blocks(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Of 16 queries, the last one shorter; each sees no key behind it."""
+    shape, widths = SHAPES[name], []
+    seen, products = causal(shape), module._two_products
+    monkeypatch.setattr(module, "_two_products", lambda *a: (widths.append(a[1].shape[2]), products(*a))[1])
+    whole = errors(shape, ours, seen, seen)
+    monkeypatch.setattr(module, "_BLOCK", 16)
+    widths.clear()
+    for error, before in zip(errors(shape, ours, None, seen), whole, strict=True):
+        assert error < 1.2 * before
+    queries, keys = shape[3:5]
+    assert widths == [keys - queries + min(end, queries) for end in range(16, queries + 16, 16)]
+
+
+@pytest.mark.parametrize("name", ["grouped", "continuing"])
+def test_large_causal_inputs_need_no_mask(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Without gradients the scores of one block count; with them half of all."""
+    shape, calls = SHAPES[name], []
+    flash = module._flash
+    monkeypatch.setattr(module, "_flash", lambda *a: (calls.append(a[5]), flash(*a))[1])
+    monkeypatch.setattr(module, "_BLOCK", 8)
+    rows, heads, _, queries, keys, _ = shape
+    monkeypatch.setattr(module, "_MAX_SCORES", rows * heads * queries * keys // 2 - 1)
+    seen = causal(shape)
+    assert max(errors(shape, ours, None, seen)) < 2.0**-7
+    assert calls == [True]
+    with torch.no_grad():
+        ours(shape, *inputs(shape), mask=None)
+    assert calls == [True]
+    monkeypatch.setattr(module, "_MAX_SCORES", rows * heads * queries * keys * 8 // queries - 1)
+    with torch.no_grad():
+        ours(shape, *inputs(shape), mask=None)
+    assert calls == [True, True]
+
+
 def test_masks_that_are_added() -> None:
     shape = SHAPES["grouped"]
     tensors, seen = inputs(shape), left_padded(SHAPES["grouped"])

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 NAME = "understudy_cpu"
-# Scores of one call. Beyond it they leave the caches (and autograd would keep them all): float32 flash attention then.
+# Scores at a time. Beyond it they leave the caches (and autograd would keep them all): float32 flash attention then.
 _MAX_SCORES = 2**24
+# Queries at a time where they see no later keys: half of the scores of a long sequence need not be computed.
+_BLOCK = 512
 
 
 def use_matmul_attention(model: Any) -> None:
@@ -52,14 +54,21 @@ def attention(
     with torch.autocast("cpu", enabled=False):
         scale = options.get("scaling")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        if mask is None and query.shape[2] > 1 and _is_causal(module, options):
-            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-            mask = mask.tril(key.shape[2] - query.shape[2])
+        causal = mask is None and query.shape[2] > 1 and _is_causal(module, options)
         cached = query.dtype == dtype and key.dtype == torch.float32
-        if cached or query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] > _MAX_SCORES:
-            return _flash(query, key, value, mask, scale).to(dtype), None
+        if cached or _scores(query, key, causal) > _MAX_SCORES:
+            return _flash(query, key, value, mask, scale, causal).to(dtype), None
         query, key, value = (x.to(dtype) for x in (query * scale, key, value))
-        return _two_products(query, key, value, mask), None
+        return _causal_blocks(query, key, value) if causal else _two_products(query, key, value, mask), None
+
+
+def _scores(query: Tensor, key: Tensor, causal: bool) -> int:
+    """How many there will be at a time: all that autograd keeps, otherwise those of a block."""
+    rows, heads, length, _ = query.shape
+    total = rows * heads * length * key.shape[2]
+    if not causal:
+        return total
+    return total // 2 if torch.is_grad_enabled() else total * min(_BLOCK, length) // length
 
 
 def _is_causal(module: Any, options: Mapping[str, Any]) -> bool:
@@ -67,12 +76,33 @@ def _is_causal(module: Any, options: Mapping[str, Any]) -> bool:
     return getattr(module, "is_causal", True) if causal is None else causal
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _flash(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
     """torch's kernel in float32."""
     mask = mask.float() if mask is not None and mask.is_floating_point() else mask
+    if causal and query.shape[2] != key.shape[2]:  # its own causal mask begins at the first key
+        mask, causal = _causal_mask(query.shape[2], key.shape[2], query.device), False
     wide = query.float(), key.float(), value.float()
-    output = torch.nn.functional.scaled_dot_product_attention(*wide, attn_mask=mask, scale=scale, enable_gqa=True)
+    output = torch.nn.functional.scaled_dot_product_attention(
+        *wide, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
+    )
     return output.transpose(1, 2)
+
+
+def _causal_mask(length: int, total: int, device: torch.device) -> Tensor:
+    """What the last ``length`` of ``total`` positions see."""
+    return torch.ones(length, total, dtype=torch.bool, device=device).tril(total - length)
+
+
+def _causal_blocks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Queries block by block, each with the keys up to its end."""
+    length, before = query.shape[2], key.shape[2] - query.shape[2]
+    outputs = []
+    for start in range(0, length, _BLOCK):
+        block = query[:, :, start : start + _BLOCK]
+        seen = before + start + block.shape[2]
+        mask = _causal_mask(block.shape[2], seen, query.device)
+        outputs.append(_two_products(block, key[:, :, :seen], value[:, :, :seen], mask))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 def _two_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
