@@ -9,6 +9,7 @@ PARTS = {
     "step": "One step, against TRL",
     "levers": "What each lever pays",
     "tried": "Pieces done in another way",
+    "profiled": "What the time goes into",
     "scaling": "How the step grows",
     "lm_head": "The loss at the LM head",
     "gpu": "One data-centre GPU",

@@ -1,6 +1,6 @@
 """What kinds of operations understudy's step spends its time in, as torch's profiler sees it.
 
-    OMP_NUM_THREADS=1 python benchmarks/profiled.py      # five minutes on one core
+    OMP_NUM_THREADS=1 python benchmarks/profiled.py      # ten minutes on one core
 
 Workloads are step.py's, in its "best" precisions: two steps each. The profiler itself slows small operations down, so
 that shares are to be read, not seconds.

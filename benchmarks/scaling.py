@@ -247,8 +247,7 @@ REASONS = """
 - Sampling reads all weights and starts all kernels once per position, whatever the rows. So a token gets cheaper with
   rows, with prompts (read in one go; group size 1 has most of them) and, per FLOP, with a large head. It is far from
   its floor wherever rows are few; its memory is the cache.
-- Scoring and training take micro-batches of 2048 tokens, beyond which their memory hardly grows. Over length a token
-  gets dearer because attention takes more of the seconds than of the FLOPs: only the latter is taken out.
+- Scoring and training take micro-batches of 2048 tokens, beyond which their memory hardly grows.
 - The machine had other work: one process's steps differ by a factor of {noise:.2f} (median) to {worst:.2f}, and
   processes by as much. A ratio near {FLAT} decides nothing.
 """

@@ -1,6 +1,6 @@
 """Pieces of a step done in another way, each pair interleaved in one process: what docs/performance.md decides by.
 
-    OMP_NUM_THREADS=1 python benchmarks/tried.py        # ten minutes on one core, two of them torch.compile's
+    OMP_NUM_THREADS=1 python benchmarks/tried.py        # five minutes on one core, two of them torch.compile's
 
 CPU only. Models and sizes are workload a's of step.py. Medians of CPU seconds.
 """
