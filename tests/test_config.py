@@ -96,11 +96,11 @@ def test_a_dropped_letter_is_always_found(key: str, data: st.DataObject) -> None
     for parent in parents:
         node = node.setdefault(parent, {})
     node[last] = 1
-    from understudy.config import _explain
+    from understudy.config import explain
 
     with pytest.raises(ValueError, match="extra") as raised:
         RunConfig.model_validate(tree)
-    assert key in _explain(raised.value, "run.toml").remedy  # type: ignore[arg-type]
+    assert key in explain(raised.value, "run.toml").remedy  # type: ignore[arg-type]
 
 
 def test_rewards_count_by_default_only_without_a_teacher(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import pytest
 
 from understudy import ConfigError
 from understudy.cli_arguments import smoke_config
+from understudy.config import MixConfig, PromptsConfig
 from understudy.config_pipeline import (
+    READING,
     GateConfig,
     Made,
     PhaseConfig,
@@ -104,6 +106,28 @@ def test_rows_mixed_in_may_be_samples() -> None:
     runs = planned(phase("s", "generate", teacher={"model": "@start"}), phase("a", supervised={"mix": mix}))
     assert runs[1].config.supervised.mix is not None
     assert runs[1].config.supervised.mix.path == "out/01-s/samples.jsonl"
+
+
+def test_how_the_plans_rows_are_read_does_not_concern_samples() -> None:
+    reading = {"format": "gsm8k", "options": {"size": 1}, "prompt_template": "Q: {prompt}", "chat": False}
+    reading |= {"subset": "main", "split": "test", "columns": {"prompt": "question"}}
+    assert tuple(reading) == READING
+    kept = {"limit": 5, "over_long": "skip", "system_prompt": "Be brief."}
+    shared = {"prompts": reading | kept, "supervised": {"mix": reading | kept | {"share": 0.5, "path": "rows.jsonl"}}}
+    source = phase("s", "generate", teacher={"model": "@start"})
+    samples = {"path": "@samples:s"}
+    runs = planned(source, phase("a", prompts=samples, supervised={"mix": samples}), phase("b"), **shared)
+    configs = [one.config for one in runs]
+    assert configs[1].prompts == PromptsConfig(path="out/01-s/samples.jsonl", **kept)
+    assert configs[1].supervised.mix == MixConfig(path="out/01-s/samples.jsonl", share=0.5, **kept)
+    for config in (configs[0], configs[2]):
+        assert config.prompts == PromptsConfig(path="rows.jsonl", **reading, **kept)
+        assert config.supervised.mix == MixConfig(path="rows.jsonl", share=0.5, **reading, **kept)
+    for key, value in reading.items():
+        text = refused(source, phase("a", prompts=samples | {key: value}))
+        assert f"phase a: prompts.{key}" in text
+        text = refused(source, phase("a", supervised={"mix": samples | {key: value, "share": 0.5}}))
+        assert f"phase a: supervised.mix.{key}" in text
 
 
 def test_cycles_repeat_the_phases() -> None:

@@ -18,10 +18,10 @@ import torch
 
 from understudy import ConfigError, RunConfig, RunError
 from understudy.cli_arguments import smoke_config
-from understudy.config_pipeline import PipelineConfig
-from understudy.pipeline import PipelineResult, pipeline
+from understudy.config_pipeline import PipelineConfig, planned_runs
+from understudy.pipeline import PipelineResult, check_runs, pipeline
 from understudy.pipeline_state import PhaseRecord, load_state
-from understudy.report.pipeline_report import summed_costs
+from understudy.report.pipeline_report import summed_costs, write_pipeline_report
 from user import (
     assert_same_run,
     interrupt_in,
@@ -139,6 +139,30 @@ def test_the_report_shows_phases_and_summed_costs(whole: Path) -> None:
     assert total["teacher_scoring"] == costs[1]["teacher_scoring"]
     assert "eval, greedy" in page
     assert page.count("<svg") == 1
+
+
+def test_the_reports_headline_and_curve_follow_the_newest_student(whole: Path) -> None:
+    shutil.copytree(whole, "run")
+    state = json.loads(Path("run/pipeline.json").read_text())
+    first, behaviour, last = state["phases"]
+    for phase, start, final in ((first, 0.1, 0.2), (behaviour, 0.2, 0.3), (last, 0.3, 0.4)):
+        phase |= {"start": {GREEDY: start}, "final": {GREEDY: final}}
+    checked = {"name": "check", "method": "eval", "output": "", "outcome": "kept", "flops": 0.0, "gates": []}
+    for number, (model, value) in enumerate([(last["output"], 0.45), (first["output"], 0.9)], 4):
+        measured = {"start": {GREEDY: value}, "final": {GREEDY: value}}
+        state["phases"].append(last | checked | measured | {"began_with": model, "folder": f"{number:02d}-check"})
+    # One of another model that comes first is no beginning either.
+    state["phases"].insert(0, state["phases"][-1] | {"began_with": "other", "folder": "00-check"})
+    Path("run/pipeline.json").write_text(json.dumps(state))
+    page = write_pipeline_report(Path("run")).read_text(encoding="utf-8")
+    assert "10.0 % → 45.0 %" in page
+    assert page.count("90.0 %") == 2  # both in the table, and nowhere else
+    # A metric that only other models have has no curve and no headline.
+    for phase in state["phases"][1:5]:
+        phase |= {"start": {}, "final": {}}
+    Path("run/pipeline.json").write_text(json.dumps(state))
+    page = write_pipeline_report(Path("run")).read_text(encoding="utf-8")
+    assert ("<svg" in page, page.count("90.0 %")) == (False, 2)
 
 
 def test_samples_of_one_phase_are_rows_of_the_next_and_evaluations_stand_between(material: Path) -> None:
@@ -328,6 +352,19 @@ def test_a_rolled_back_phase_changes_nothing(material: Path, measured: Callable[
     assert "rolled back" in Path("run/report.html").read_text(encoding="utf-8")
 
 
+def test_after_a_phase_with_a_student_of_its_own_the_newest_kept_one_goes_on(
+    material: Path, measured: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = {"metric": GREEDY, "max_drop": 0.1, "action": "roll_back", "after": ["again"]}
+    tree = plan_tree(material, gates=[gate])
+    tree["phases"][2]["student"] = {"model": "@start"}
+    measured(0.6, 0.9, 0.9, 0.7, 0.6, 0.1)
+    result = run(tree)
+    kept = "run/02-behaviour/checkpoints/step_000003"
+    assert (result.student, result.phases[2].began_with) == (Path(kept), str(material / "model"))
+    assert f"again: rolled back; the pipeline goes on from {kept}" in caplog.messages
+
+
 def test_a_drop_of_exactly_as_much_as_allowed_passes(material: Path, measured: Callable[..., None]) -> None:
     measured(0.8, 0.7, 0.7, 0.6, 0.6, 0.5)  # 0.8 - 0.1 is a little more than 0.7
     assert [record.outcome for record in run(gated(material)).phases] == ["kept"] * 3
@@ -394,6 +431,48 @@ def test_rows_of_later_phases_are_read_first(material: Path) -> None:
     with pytest.raises(ConfigError, match=r"phase copy: long\.jsonl:1\n.*4 prompt tokens \+ 509 completion tokens"):
         run(tree)
     assert not Path("run").exists()
+
+
+def sampled(tree: Tree, prompts: Tree, *phases: Tree) -> None:
+    """Check a plan of a generate phase and what comes after it."""
+    answers = {"name": "answers", "method": "generate", "prompts": prompts, "teacher": {"model": "@start"}}
+    check_runs(planned_runs(of(tree | {"phases": [answers, *phases]})))
+
+
+def test_prompts_stand_in_for_samples_as_they_are_read(material: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("made_rows.py").write_text("def rows(word, count):\n    yield from [{'question': word}] * count + [{}]\n")
+    monkeypatch.syspath_prepend(".")
+    source = {"path": "made_rows:rows", "options": {"word": "w1", "count": 3}, "prompt_template": "w2 {prompt}"}
+    source |= {"columns": {"prompt": "question"}, "limit": 3}  # the fourth row is none
+    copy = {"name": "copy", "method": "sft", "prompts": {"path": "@samples:answers", "limit": 6}}
+    back = {"name": "back", "method": "distill", "teacher": {"model": "@start"}} | {"prompts": copy["prompts"]}
+    tree = plan_tree(material, evaluation={"tasks": []})
+    sampled(tree, source, copy, back)
+    with pytest.raises(ConfigError, match=r"phase back: .*\n.*2 prompt tokens \+ 511"):
+        sampled(tree, source, back | {"sampling": {"max_completion_tokens": 511}})
+    # Prompts that are too long for `generate` never become samples.
+    long = write_rows(Path("long.jsonl"), [{"prompt": "w1"}, {"prompt": "w1 " * 600}])
+    sampled(tree, {"path": str(long), "over_long": "skip"}, back)
+
+
+def test_each_source_of_sft_is_checked_beside_samples(material: Path) -> None:
+    tree, samples = plan_tree(material), {"path": "@samples:answers"}
+    rows, documents = ({"path": str(material / name)} for name in ("rows.jsonl", "documents.jsonl"))
+    long = {"path": str(write_rows(Path("long.jsonl"), [{"text": "w1 " * 600}]))}
+
+    def copy(prompts: Tree, mix: Tree) -> Tree:
+        return {"name": "copy", "method": "sft", "prompts": prompts, "supervised": {"mix": mix | {"share": 0.5}}}
+
+    sampled(tree, rows, copy(samples, documents))
+    sampled(tree, rows, copy(documents, samples))
+    with pytest.raises(ConfigError, match=r"phase copy: rows nowhere\.jsonl"):
+        sampled(tree, rows, copy(samples, {"path": "nowhere.jsonl"}))
+    with pytest.raises(ConfigError, match=r"(?s)phase copy: long\.jsonl:1\n.*at most 512"):
+        sampled(tree, rows, copy(long, samples))
+    # The prompts of samples are no examples where a phase names them itself.
+    first = {"name": "first", "method": "sft", "prompts": samples}
+    with pytest.raises(ConfigError, match=r"phase copy: .*rows\.jsonl:1"):
+        sampled(tree, rows, first, {"name": "copy", "method": "sft", "prompts": rows, "student": {"model": "@start"}})
 
 
 def test_what_shows_only_when_weights_are_read(material: Path) -> None:
@@ -490,6 +569,7 @@ def test_progress_and_the_page_made_anew(
     assert run_cli(monkeypatch, "pipeline", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "understudy pipeline plan.toml --resume" in text
+    assert "understudy pipeline plan.toml --phases.behaviour.optim.num_steps 30" in text
     shutil.copytree(whole, "run")
     Path("run/report.html").unlink()
     assert run_cli(monkeypatch, "report", "run") == 0

@@ -365,6 +365,8 @@ def test_architectures_without_a_shape_fall_back_and_say_so(tmp_path: Path) -> N
         ({"methods": {}}, "at least 1 item"),
         ({"phases": []}, "a pipeline of several phases"),
         ({"hardware": {"utilisation": {"sampling": 1.5}}}, "less than or equal to 1"),
+        ({"methods": [OPD]}, "plan.toml: methods"),
+        ({"methods": {"sft": 3}}, "plan.toml: methods.sft"),
     ],
 )
 def test_bad_plans_are_refused(
@@ -372,8 +374,11 @@ def test_bad_plans_are_refused(
 ) -> None:
     content = {"student": {"shape": SHAPE}, "teacher": {"shape": SHAPE}, "methods": {"opd": OPD}} | change
     path = write_toml(tmp_path / "plan.toml", {name: value for name, value in content.items() if value is not None})
-    assert run_cli(monkeypatch, "cost", path) == 2
-    assert said in capsys.readouterr().err
+    for lengths in ([], ["--prompt-tokens", 7, "--completion-tokens", 3]):
+        assert run_cli(monkeypatch, "cost", path, *lengths) == 2
+        message = capsys.readouterr().err
+        assert said in message
+        assert message.count("remedy:") == 1
 
 
 def test_a_model_out_of_reach_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -397,3 +402,11 @@ def test_bad_arguments_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert run_cli(monkeypatch, "cost", path, "--hardware.gpus", 3) == 2
     assert "did you mean hardware.gpu" in capsys.readouterr().err
     assert run_cli(monkeypatch, "cost", tmp_path / "none.toml") == 2
+
+
+def test_hardware_of_a_run_is_a_table(
+    models: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    path = write_toml(tmp_path / "run.toml", tree(*models, tmp_path / "run"))
+    assert run_cli(monkeypatch, "cost", path, "--hardware", "H200") == 2
+    assert "run.toml: hardware\n" in capsys.readouterr().err

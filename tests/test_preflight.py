@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from understudy import ConfigError, RunConfig, precision
+from understudy import ConfigError, RunConfig, precision, preflight
 from understudy.backends import loading
 from understudy.preflight import check_run
 from user import WORDS, bpe_tokenizer, run_cli, save_model, tree, word_tokenizer, write_rows, write_toml
@@ -353,6 +353,40 @@ def test_a_users_own_grader_decides_what_it_needs(models: Path, tmp_path: Path) 
     [prompt] = check_run(RunConfig.model_validate(config), "rl").prompts
     assert prompt.metadata == {"instructions": ["be brief"]}
     assert json.dumps(prompt.answer) == "null"
+
+
+def test_a_row_that_cannot_be_graded_is_named_by_its_line(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": "w1", "instruction_id_list": [name], "kwargs": [{}]} for name in ("punctuation:no_comma", "x")]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    config = tree(models / "student", None, path, tmp_path / "run")
+    config["reward"] = {"grader": "ifeval"}
+    with pytest.raises(ConfigError, match=r"rows.jsonl:2\n.*the instruction 'x'") as caught:
+        check_run(RunConfig.model_validate(config), "rl")
+    assert "prompt 1" not in str(caught.value)
+    write_rows(path, [{"prompt": "w1", "answer": "7"}])
+    config["reward"] = {"grader": "math"}
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *rest: None if n == "math_verify" else find(n, *rest))
+    with pytest.raises(ConfigError, match="`math-verify` is not installed") as caught:
+        check_run(RunConfig.model_validate(config), "rl")
+    assert caught.value.where == "grader math"
+
+
+def test_a_long_check_is_announced(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_files(tmp_path)
+    config = tree(models / "student", None, tmp_path / "rows.jsonl", tmp_path / "run")
+    config["reward"] = {"grader": "last_number"}
+    caplog.set_level("INFO", "understudy")
+    check_run(RunConfig.model_validate(config), "rl")
+    assert caplog.messages == []
+    monkeypatch.setattr(preflight, "_QUIET_ROWS", 3)
+    check_run(RunConfig.model_validate(config), "rl")
+    [said] = caplog.messages
+    assert said.startswith("checking that the grader last_number can grade the 4 rows of ")
 
 
 def test_tokens_without_an_embedding_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from user import bpe_tokenizer, metrics, save_model, write_rows, write_toml
 # peft asks transformers by an old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
+DATA = os.environ.get("UNDERSTUDY_DATA")
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 METHODS: dict[str, Callable[..., api.RunResult]] = {
     "generate": api.generate,
@@ -86,6 +88,8 @@ def stand_in(node: Any, model: Path, folder: Path) -> Any:
         changed["max_tokens"] = 128
     if "dtype" in changed:
         changed["dtype"] = "float32"
+    if "device" in changed:
+        changed["device"] = "cpu"
     if "samples" in changed:
         changed["samples"] = 2
     return changed
@@ -125,3 +129,29 @@ def test_adapters_of_the_recipes_differ_in_rank_alone() -> None:
     )
     assert (one["student"].pop("lora"), other["student"].pop("lora")) == ({"rank": 32}, {"rank": 128})
     assert {**one, "output_dir": ""} == {**other, "output_dir": ""}
+
+
+@pytest.mark.skipif(DATA is None or not Path(DATA).is_dir(), reason="UNDERSTUDY_DATA names no folder of data sets")
+@pytest.mark.parametrize("method", ["sft", "rl", "distill"])
+def test_methods_on_grade_school_problems(method: str, model: Path, tmp_path: Path) -> None:
+    """Plumbing: real rows, a model of random weights."""
+    assert DATA is not None
+    rows: dict[str, Any] = {"path": f"{DATA}/gsm8k/train.jsonl", "limit": 64, "over_long": "skip"}
+    if method == "sft":
+        rows["columns"] = {"prompt": "question", "completion": "answer"}
+    else:
+        rows["format"] = "gsm8k"
+    task = {"name": "gsm8k", "path": f"{DATA}/gsm8k/test.jsonl", "format": "gsm8k", "grader": "math"}
+    tree = {
+        "output_dir": str(tmp_path / "run"),
+        "student": {"model": str(model)},
+        "teacher": {"model": str(save_model(tmp_path / "teacher", bpe_tokenizer(chat=True), seed=1, context=512))},
+        "prompts": rows,
+        "reward": {"grader": "math"},
+        "evaluation": {"tasks": [task | {"temperatures": [1.0], "samples": 2, "over_long": "skip"}]},
+    }
+    config = smoke_config(RunConfig.model_validate(tree))
+    final = metrics(METHODS[method](config, quiet=True).folder)[-1]
+    assert final["step"] == 2
+    assert 0 <= final["eval/gsm8k/t1"] <= final["eval/gsm8k/t1_pass@2"] <= 1
+    assert final["optim/grad_norm"] > 0 or method == "rl"  # a random model earns nothing

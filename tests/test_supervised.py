@@ -52,6 +52,21 @@ def test_a_completion_ends_once(words: ModelText, tmp_path: Path) -> None:
     assert made == [([1, 2], [3, 0]), ([1], [3, 0]), ([1], [3]), ([1], [3, 0])]
 
 
+def test_an_empty_answer_that_was_generated_teaches_its_end(words: ModelText, tmp_path: Path) -> None:
+    """And one that was cut before it began teaches nothing."""
+    rows = [{"prompt": "w0", "completion": "", "finish_reason": reason} for reason in ("stop", "length")]
+    assert examples(tmp_path, words, *rows) == [([1], [0])]
+    with pytest.raises(ConfigError, match="a non-empty text"):
+        examples(tmp_path, words, {"prompt": "w0", "completion": ""})
+
+
+def test_rows_left_out_are_counted(words: ModelText, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"prompt": "w0", "completion": "w1 " * n} for n in (2, 20, 3)]
+    with caplog.at_level("INFO", logger="understudy"):
+        assert len(examples(tmp_path, words, *rows, over_long="skip")) == 2
+    assert "1 of 3 rows left out" in caplog.text
+
+
 def test_a_document_trains_on_all_but_its_first_token(words: ModelText, tmp_path: Path) -> None:
     assert examples(tmp_path, words, {"text": "w5 w6 w7"}) == [([6], [7, 8, 0])]
     with pytest.raises(ConfigError, match=r"rows.jsonl:1[\s\S]*at least two"):

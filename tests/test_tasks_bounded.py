@@ -57,6 +57,18 @@ def test_a_process_that_ends_is_replaced() -> None:
     assert bounded.call("slow_module:sleep", 0) == 0
 
 
+@pytest.mark.parametrize("noticed", [True, False])
+def test_a_process_that_was_ended_between_calls_is_replaced(noticed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = bounded.call("slow_module:where")
+    process = bounded._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    if not noticed:  # it ends after it was looked at
+        monkeypatch.setattr(process, "poll", lambda: None)
+    assert bounded.call("slow_module:where") != first
+
+
 def test_errors_arrive_with_their_traceback() -> None:
     before = bounded.call("slow_module:where")
     with pytest.raises(bounded.FailedError, match="KeyError: 'lost'"):

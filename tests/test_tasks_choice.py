@@ -47,6 +47,14 @@ def grade(gold: str | None, completion: str, finish_reason: FinishReason = "stop
         ("B is likely, and so is C", None),
         ("Final Answer: none of them", None),
         ("Final Answer: G", None),
+        ("Answer: A or B", None),
+        ("Answer: **(B)** or **(C)**", None),
+        ("The answer is B, or option C.", None),
+        ("The answer is A bit unclear", None),
+        ("Answer: **A** dog", None),
+        ("Answer: B. It is A or C", "B"),
+        ("Final Answer: B\n\nor so I think", "B"),
+        ("The answer is B or something like it", "B"),
         ("The answer is Beth.", None),
         ("the answer is a dog", None),
         ("The answer is A's.", None),
@@ -58,6 +66,13 @@ def test_statements(completion: str, letter: str | None) -> None:
     assert chosen_letter(completion) == letter
     assert grade("B", completion) == Grade(float(letter == "B"), has_answer=letter is not None)
     assert grade("C", completion) == Grade(0.0, has_answer=letter is not None)
+
+
+@pytest.mark.parametrize(
+    "completion", ["The answer is A because ice melts.", "Answer: A\nas shown", "Answer: A. bits", "Answer: (A) ice"]
+)
+def test_an_a_that_is_no_article(completion: str) -> None:
+    assert chosen_letter(completion) == "A"
 
 
 def test_a_truncated_completion_has_no_answer() -> None:

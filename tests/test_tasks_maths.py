@@ -144,8 +144,24 @@ def test_an_endless_expression_is_wrong_and_harms_no_later_answer(monkeypatch: p
     assert box("7", endless) == WRONG
     assert time.perf_counter() - start < 3
     assert box("7", "7") == RIGHT
-    with pytest.raises(ValueError, match="holds no expression"):
-        grade(endless, "")
+
+
+def test_a_slow_machine_says_nothing_about_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A blank completion in the middle of training must not end the run because the judge had no time."""
+    monkeypatch.setattr(bounded.call, "__kwdefaults__", {"seconds": 0.5})
+    endless = r"\binom{10^9}{500000000}"
+    assert grade(endless, "") == NONE
+    assert grade(endless, r"\boxed{7}") == WRONG
+
+
+def test_an_answer_at_which_the_judge_fails_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise bounded.FailedError("Traceback")
+
+    monkeypatch.setattr(bounded, "call", fail)
+    assert box("7", "7") == WRONG
+    with pytest.raises(ValueError, match="prompt 0"):  # before sampling: with nothing else to read, it is the row's
+        grade("7", "")
 
 
 def test_any_thread_may_grade() -> None:

@@ -134,7 +134,7 @@ def pipeline_(
 
         understudy pipeline plan.toml --resume
 
-        understudy pipeline plan.toml --smoke --phases.behaviour.optim.num_steps 30
+        understudy pipeline plan.toml --phases.behaviour.optim.num_steps 30
     """
     from understudy.config_pipeline import PipelineConfig
     from understudy.pipeline import pipeline, remove_miniature

@@ -284,7 +284,7 @@ class RunConfig(Section):
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
-            raise _explain(error, source) from None
+            raise explain(error, source) from None
 
     def to_toml(self, header: str = "") -> str:
         """This tree as TOML that from_toml reads back; `header` lines become comments."""
@@ -336,7 +336,7 @@ def _nearest(name: str, model: type[BaseModel]) -> str:
     return f"[{section}] has {', '.join(siblings)}" if siblings and section else "`understudy keys` lists every key"
 
 
-def _explain(error: ValidationError, path: str, model: type[BaseModel] = RunConfig) -> ConfigError:
+def explain(error: ValidationError, path: str, model: type[BaseModel] = RunConfig) -> ConfigError:
     # A misspelt key often leaves another one missing: the former is the cause.
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     name = ".".join(str(part) for part in first["loc"])

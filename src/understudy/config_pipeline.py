@@ -21,6 +21,8 @@ from understudy.errors import ConfigError
 
 PhaseMethod = Literal["sft", "distill", "rl", "generate", "eval"]
 TRAINING = ("sft", "distill", "rl")
+# Keys that make rows of a source's records. Samples are rows already.
+READING = ("format", "options", "prompt_template", "chat", "subset", "split", "columns")
 
 # Sections that a method does not read; what they name there need not exist.
 _UNREAD: Mapping[str, Mapping[str, Any]] = {
@@ -43,7 +45,8 @@ class GateConfig(Section):
     """start: the pipeline's first student. best: the best that the metric was for any student that was kept. previous:
     the student that the phase began with."""
     action: Literal["stop", "roll_back"] = "stop"
-    """stop: the pipeline ends. roll_back: the phase's student is left, and the next phase begins where this one did."""
+    """stop: the pipeline ends. roll_back: the phase's student is left, and the pipeline goes on from the newest one
+    that was kept before it."""
     after: tuple[str, ...] = ()
     """Training phases that it follows; absent: all of them."""
 
@@ -294,7 +297,22 @@ def _phase(table: Mapping[str, Any], defaults: Mapping[str, Any], source: str) -
     if isinstance(student, dict) and "model" not in student:
         own = merged(own, {"student": {"model": "@previous"}})
     config = RunConfig.from_tree(merged(defaults, own) | {"output_dir": ""}, f"{source}, phase {head.get('name')}")
+    config = _plain_samples(config, own, where)
     return head | {"config": config.model_copy(update=_UNREAD.get(str(head.get("method")), {}))}
+
+
+def _plain_samples(config: RunConfig, own: Mapping[str, Any], where: str) -> RunConfig:
+    """Samples are rows already: how the plan's own rows are read does not concern them. Raises ConfigError where the
+    phase's ``own`` keys say how to read them."""
+    both = {"prompts": config.prompts, "supervised.mix": config.supervised.mix}
+    given = {"prompts": own.get("prompts"), "supervised.mix": own.get("supervised", {}).get("mix")}
+    for name, rows in both.items():
+        for key in READING if rows and rows.path.startswith("@samples:") else ():
+            if key in (given[name] or {}):
+                expected = "nothing: samples are rows already"
+                _refuse(f"{where}: {name}.{key}", f"{given[name][key]!r}", expected, "set it in the generate phase")
+    plain = RowsConfig(path="").model_dump(include=set(READING))
+    return with_rows(config, lambda rows: rows.model_copy(update=plain if rows.path.startswith("@samples:") else {}))
 
 
 def _start(first: Mapping[str, Any], defaults: Mapping[str, Any], source: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from understudy.config import LoraConfig, RunConfig, _explain
+from understudy.config import LoraConfig, RunConfig, explain
 from understudy.config_base import Section, read_toml, set_dotted, toml_value
 from understudy.errors import ConfigError
 from understudy.flops import ModelShape
@@ -233,15 +233,18 @@ def load_plan(
     if is_run:
         run = RunConfig.from_tree(tree, str(path))
         tree = _tree_of_run(run, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
-        tree["hardware"] = {**tree["hardware"], **hardware.get("hardware", {})}
+        given = hardware.get("hardware", {})
+        tree["hardware"] = tree["hardware"] | given if isinstance(given, dict) else given
     else:
-        for method in tree.get("methods", {}).values():
-            method |= {"prompt_tokens": prompt_tokens} if prompt_tokens else {}
-            method |= {"completion_tokens": completion_tokens} if completion_tokens else {}
+        methods = tree.get("methods")
+        for method in methods.values() if isinstance(methods, dict) else ():
+            if isinstance(method, dict):  # what is no table is refused below
+                method |= {"prompt_tokens": prompt_tokens} if prompt_tokens else {}
+                method |= {"completion_tokens": completion_tokens} if completion_tokens else {}
     try:
         return PlanConfig.model_validate(tree)
     except ValidationError as error:
-        raise _explain(error, str(path), PlanConfig) from None
+        raise explain(error, str(path), PlanConfig) from None
 
 
 def _tree_of_run(run: RunConfig, *, prompt_tokens: int | None, completion_tokens: int | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from understudy import api
 from understudy.config import RowsConfig, RunConfig
 from understudy.config_pipeline import (
+    READING,
     TRAINING,
     GateConfig,
     Made,
@@ -43,9 +44,10 @@ from understudy.pipeline_state import (
     refuse_another_plan,
     save_state,
 )
-from understudy.preflight import check_run
+from understudy.preflight import Checked, check_run
+from understudy.rows import read_rows
 from understudy.runs import remove_run
-from understudy.supervised import load_examples
+from understudy.supervised import supervised_examples
 
 log = logging.getLogger("understudy")
 
@@ -98,7 +100,7 @@ def _go_on(path: Path, state: PipelineState, left: int, resume: bool, quiet: boo
             raise RunError(f"phase {run.phase.name}: {error}\nThe phases before it are kept.") from None
         if result.interrupted_at is not None:
             return PipelineResult(path, Path(made.previous), state.phases, interrupted=True)
-        record = _judged(plan.gates, _record(planned), state.phases)
+        record = _judged(plan.gates, _record(planned), state.phases, made.previous)
         state = state.model_copy(update={"phases": (*state.phases, record)})
         save_state(path, state)
         _refuse_if_stopped(path, state)
@@ -171,8 +173,10 @@ def _made(plan: PipelineConfig, records: Sequence[PhaseRecord]) -> Made:
 # Gates
 
 
-def _judged(gates: Sequence[GateConfig], record: PhaseRecord, earlier: Sequence[PhaseRecord]) -> PhaseRecord:
-    """``record`` with what the gates make of it."""
+def _judged(
+    gates: Sequence[GateConfig], record: PhaseRecord, earlier: Sequence[PhaseRecord], previous: str
+) -> PhaseRecord:
+    """``record`` with what the gates make of it. ``previous``: the newest student that was kept before it."""
     if record.method not in TRAINING:
         return record
     trained = [*(one for one in earlier if one.method in TRAINING), record]
@@ -180,7 +184,7 @@ def _judged(gates: Sequence[GateConfig], record: PhaseRecord, earlier: Sequence[
     failed = {outcome.gate.action for outcome in outcomes if not outcome.passed}
     outcome = "stopped" if "stop" in failed else "rolled_back" if failed else "kept"
     if outcome == "rolled_back":
-        log.warning("%s: rolled back; the pipeline goes on from %s", record.name, record.began_with)
+        log.warning("%s: rolled back; the pipeline goes on from %s", record.name, previous)
     return record.model_copy(update={"gates": tuple(outcomes), "outcome": outcome})
 
 
@@ -248,15 +252,16 @@ def check_runs(planned: Sequence[PlannedRun]) -> None:
     is trained from, whose tokens it shares, and samples by the prompts they answer. Raises ConfigError."""
     models: dict[str, str] = {}
     sources: dict[str, RowsConfig] = {}
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[str, str, frozenset[str]]] = set()
     for one in planned:
         method = one.run.phase.method
         config = with_models(one.config, lambda name: models.get(name, name))
-        drawn = [rows.path for rows in (config.prompts, config.supervised.mix) if rows and rows.path in sources]
+        both = {"prompts": config.prompts, "mix": config.supervised.mix}
+        sampled = frozenset(name for name, rows in both.items() if rows and rows.path in sources)
         config = with_rows(config, lambda rows: _same_rows(rows, sources))
-        key = (method, config.model_copy(update={"output_dir": "", "seed": 0}).model_dump_json())
+        key = (method, config.model_copy(update={"output_dir": "", "seed": 0}).model_dump_json(), sampled)
         if key not in seen:  # later cycles often repeat the first one
-            _check(config, one, sampled=bool(drawn))
+            _check(config, one, sampled)
         seen.add(key)
         if one.run.phase.trains:
             models[one.output] = config.student.model
@@ -265,20 +270,37 @@ def check_runs(planned: Sequence[PlannedRun]) -> None:
 
 
 def _same_rows(rows: RowsConfig, sources: Mapping[str, RowsConfig]) -> RowsConfig:
+    """``rows``, or, where they are samples to come, the prompts that these will answer: read as `generate` reads them,
+    used as the phase uses its samples."""
     source = sources.get(rows.path)
-    names = ("path", "subset", "split", "columns")
-    return rows if source is None else rows.model_copy(update={name: getattr(source, name) for name in names})
+    if source is None:
+        return rows
+    update = {name: getattr(source, name) for name in ("path", *READING)}
+    # What `generate` does not read, or leaves out as too long, never becomes a sample.
+    update["limit"] = min((limit for limit in (rows.limit, source.limit) if limit), default=None)
+    update["over_long"] = "skip" if source.over_long == "skip" else rows.over_long
+    return rows.model_copy(update=update)
 
 
-def _check(config: RunConfig, one: PlannedRun, *, sampled: bool) -> None:
+def _check(config: RunConfig, one: PlannedRun, sampled: Collection[str]) -> None:
     method = one.run.phase.method
     try:
         checked = check_run(config, method)
-        if method == "sft" and not sampled:  # prompts alone are no examples
-            load_examples(config, checked.rows, checked.student, checked.stop_ids)
+        if method == "sft":
+            _check_examples(config, checked, sampled)
     except ConfigError as error:
         where = f"phase {one.run.phase.name}: {error.where}"
         raise ConfigError(where, got=error.got, expected=error.expected, remedy=error.remedy) from None
+
+
+def _check_examples(config: RunConfig, checked: Checked, sampled: Collection[str]) -> None:
+    """Both sources of `sft`, each by itself. Of those that are ``sampled`` there are only prompts yet, no examples:
+    that they can be read is all there is to check."""
+    longest, mix = config.supervised.max_tokens, config.supervised.mix
+    sources = {"prompts": (config.prompts, checked.rows), "mix": (mix, read_rows(mix) if mix else [])}
+    for name, (source, rows) in sources.items():
+        if source is not None and name not in sampled:
+            supervised_examples(rows, source, checked.student, checked.stop_ids, max_tokens=longest)
 
 
 def _continued(path: Path, plan: PipelineConfig) -> PipelineState:
@@ -290,7 +312,8 @@ def _continued(path: Path, plan: PipelineConfig) -> PipelineState:
     refuse_another_plan(path, state, plan)
     records = list(state.phases)
     if records and records[-1].outcome == "stopped":
-        records[-1] = _judged(plan.gates, records[-1].model_copy(update={"outcome": "kept"}), records[:-1])
+        last, earlier = records[-1].model_copy(update={"outcome": "kept"}), records[:-1]
+        records[-1] = _judged(plan.gates, last, earlier, _made(plan, earlier).previous)
     return PipelineState(plan=plan, phases=tuple(records))
 
 

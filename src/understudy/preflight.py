@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,11 @@ from understudy.tasks import GRADERS, Grader, load_grader
 from understudy.tokenization import ModelText, adapter_base, check_same_tokens, load_text, resolve_stop_ids
 from understudy.types import Prompt
 
+log = logging.getLogger("understudy")
+
 Method = Literal["distill", "rl", "sft", "generate", "eval"]
+# Some graders ask another process about each row, at a millisecond and more: silence until then is short enough.
+_QUIET_ROWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -173,15 +178,21 @@ def _check_answers(prompts: Sequence[Prompt], grader: Grader, source: RowsConfig
     """The package's own graders need an answer they can read; what a user's function needs is its own affair."""
     if grader not in GRADERS.values():
         return
+    name = getattr(grader, "__name__", grader)
+    if len(prompts) > _QUIET_ROWS:
+        log.info("checking that the grader %s can grade the %d rows of %s", name, len(prompts), source.path)
     for prompt in prompts:
         try:
             grader(prompt, "", "stop")
-        except ConfigError:
-            raise  # it says by itself what is amiss, e.g. a package
+        except ConfigError as error:
+            if error.where != f"prompt {prompt.index}":
+                raise  # a package is missing, which is no row's fault
+            row = read_rows(source)[prompt.index]
+            raise row.error(error.got, error.expected, error.remedy) from None
         except ValueError as error:
             raise read_rows(source)[prompt.index].error(
                 str(error),
-                f'an "answer" that the grader {getattr(grader, "__name__", grader)} can read, in every row',
+                f'an "answer" that the grader {name} can read, in every row',
                 'add it, or name its column in columns, e.g. columns = {answer = "solution"}',
             ) from None
 

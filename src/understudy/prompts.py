@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from understudy.errors import ConfigError
 from understudy.rows import Row, read_rows
 from understudy.tokenization import ModelText
 from understudy.types import Prompt
+
+log = logging.getLogger("understudy")
 
 _OWN_FIELDS = {"prompt", "messages", "answer", "task", "teacher", "teacher_prompt", "completion", "text"}
 
@@ -28,8 +31,9 @@ def load_prompts(
 
     Messages are rendered by each role's own chat template; the completion's ids are common to all.
     """
-    prompts = []
-    for row in read_rows(config):
+    prompts: list[Prompt] = []
+    rows = read_rows(config)
+    for row in rows:
         prompt = _prompt(row, config, student, teachers or {}, task)
         if _fits(row, prompt, config, student, teachers or {}, max_completion_tokens):
             prompts.append(prompt)
@@ -40,6 +44,8 @@ def load_prompts(
             expected=f"prompt + {max_completion_tokens} completion tokens within {student.context_length}",
             remedy="lower sampling.max_completion_tokens",
         )
+    if len(prompts) < len(rows):
+        log.info("%s: %d of %d rows left out, which are too long", config.path, len(rows) - len(prompts), len(rows))
     return prompts
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from understudy.assembly import Parts
@@ -19,8 +20,10 @@ from understudy.rows import Row, read_rows
 from understudy.tokenization import ModelText
 from understudy.types import TrainingExample
 
-# Of the orders of rows that a mixed-in source is read in: not those of [prompts].
-_MIX_SEED = 1
+log = logging.getLogger("understudy")
+
+# Of the orders that a mixed-in source is read in: larger than any epoch of [prompts], whose orders are others.
+_MIX_SEED = 2**31
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def load_examples(config: RunConfig, rows: Sequence[Row], model: ModelText, stop
 
 
 def supervised_examples(
-    rows: Iterable[Row],
+    rows: Sequence[Row],
     config: RowsConfig,
     model: ModelText,
     stop_ids: frozenset[int],
@@ -86,14 +89,19 @@ def supervised_examples(
 
     ``max_tokens``: the longest sequence, where that is less than the model's context.
     """
-    examples = []
+    examples: list[TrainingExample] = []
+    num_skipped = 0
     longest = min(max_tokens or model.context_length, model.context_length)
     for row in rows:
         prompt_ids, completion_ids = _split(row, config, model)
         completion_ids = _ended(row, completion_ids, model, stop_ids)
+        if not completion_ids:  # cut before it began
+            num_skipped += 1
+            continue
         check_embedded(row, [*prompt_ids, *completion_ids], model)
         if len(prompt_ids) + len(completion_ids) > longest:
             if config.over_long == "skip":
+                num_skipped += 1
                 continue
             if config.over_long == "split" and row.values.get("text") is not None:
                 examples += _pieces([*prompt_ids, *completion_ids], longest)
@@ -112,6 +120,8 @@ def supervised_examples(
             expected="at least one that fits",
             remedy="split the rows",
         )
+    if num_skipped:
+        log.info("%s: %d of %d rows left out, which do not fit %d tokens", config.path, num_skipped, len(rows), longest)
     return examples
 
 
@@ -127,12 +137,7 @@ def _pieces(ids: list[int], longest: int) -> Iterator[TrainingExample]:
 
 
 def _split(row: Row, config: RowsConfig, model: ModelText) -> tuple[list[int], list[int]]:
-    messages, text, prompt, completion = (
-        row.messages(),
-        row.text("text"),
-        row.text("prompt"),
-        row.text("completion"),
-    )
+    messages, text, prompt, completion = row.messages(), row.text("text"), row.text("prompt"), _completion(row)
     given = {
         name
         for name, value in (("messages", messages), ("text", text), ("prompt", prompt), ("completion", completion))
@@ -153,6 +158,14 @@ def _split(row: Row, config: RowsConfig, model: ModelText) -> tuple[list[int], l
         return _split_messages(row, messages or [], config, model)
     prompt_ids = render_messages(row, messages, config, model) if messages else model.encode(prompt or "")
     return prompt_ids, model.encode_completion(completion)
+
+
+def _completion(row: Row) -> str | None:
+    """An answer may be empty where `generate` wrote it: its end token is what it says."""
+    value = row.values.get("completion")
+    if isinstance(value, str) and "finish_reason" in row.values:
+        return value
+    return row.text("completion")
 
 
 def _split_messages(

@@ -11,6 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from understudy.config_pipeline import TRAINING
 from understudy.report import formatting, page
 from understudy.report.charts import Series, line_chart
 from understudy.report.page import Headline, Row
@@ -40,14 +41,15 @@ def write_pipeline_report(folder: Path, out: Path | None = None) -> Path:
     state = json.loads((folder / "pipeline.json").read_text(encoding="utf-8"))
     phases = state["phases"]
     metrics = _metrics(phases)
+    courses = {metric: _course(state["plan"]["start"], phases, metric) for metric in metrics}
     roles = summed_costs([_roles(folder / phase["folder"] / "costs.json") for phase in phases])
     context = {
         "title": folder.resolve().name,
         "intro": _intro(state),
-        "headlines": _headlines(phases, metrics),
+        "headlines": _headlines(phases, courses),
         "columns": ("Cycle", "Method", "Steps", "Time", "Compute", *(_words(metric) for metric in metrics), "Outcome"),
         "phases": [_phase_row(folder, phase, metrics) for phase in phases],
-        "charts": [_chart(phases, metric) for metric in metrics],
+        "charts": [_chart(phases, metric, course) for metric, course in courses.items() if course],
         "costs": page.grid(cost_rows(roles)),
     }
     return page.write_page("pipeline_report.html", Path(out) if out is not None else folder / "report.html", context)
@@ -88,15 +90,29 @@ def _intro(state: Mapping[str, Any]) -> str:
     return f"From {plan['start']}: {names}{cycles}. Finished: {len(phases)} runs."
 
 
-def _headlines(phases: Sequence[Row], metrics: Sequence[str]) -> list[Headline]:
+def _course(start: str, phases: Sequence[Row], metric: str) -> list[tuple[int, Row]]:
+    """(phases done, evaluations) wherever ``metric`` was measured on the newest student that was kept, the first one
+    included. Evaluations of any other model are no part of it."""
+    newest = start
+    course: list[tuple[int, Row]] = []
+    for number, phase in enumerate(phases, 1):
+        trains = phase["method"] in TRAINING
+        if not course and trains and metric in phase["start"]:
+            course.append((number - 1, phase["start"]))
+        if trains and phase["outcome"] != "rolled_back":
+            newest = phase["output"]
+        if metric in phase["final"] and newest == (phase["output"] if trains else phase["began_with"]):
+            course.append((number, phase["final"]))
+    return course
+
+
+def _headlines(phases: Sequence[Row], courses: Mapping[str, Sequence[tuple[int, Row]]]) -> list[Headline]:
     """Every evaluation from the start to the newest student that was kept, and the total price."""
-    items = []
-    for metric in metrics:
-        rows = [phase["start"] for phase in phases] + [p["final"] for p in phases if p["outcome"] != "rolled_back"]
-        known = [row for row in rows if metric in row]
-        if known:
-            first = next(phase["start"] for phase in phases if metric in phase["start"])
-            items.append(Headline(_words(metric), f"{_value(first, metric)} → {_value(known[-1], metric)}"))
+    items = [
+        Headline(_words(metric), f"{_value(course[0][1], metric)} → {_value(course[-1][1], metric)}")
+        for metric, course in courses.items()
+        if course
+    ]
     seconds, flops = (sum(phase[name] for phase in phases) for name in ("seconds", "flops"))
     return [
         *items,
@@ -132,23 +148,18 @@ def _gate(outcome: Mapping[str, Any]) -> str:
     return f"{_words(gate['metric'])}: {found}, at most {number(gate['max_drop'])} less: {said}"
 
 
-def _chart(phases: Sequence[Row], metric: str) -> Markup:
+def _chart(phases: Sequence[Row], metric: str, course: Sequence[tuple[int, Row]]) -> Markup:
     """The metric after each phase that was kept, from the start; what was rolled back stands beside the line."""
-    kept: list[tuple[float, Row]] = []
-    left: list[tuple[float, Row]] = []
-    for number, phase in enumerate(phases, 1):
-        if not kept and metric in phase["start"] and phase["method"] != "eval":
-            kept.append((number - 1, phase["start"]))
-        if metric in phase["final"]:
-            (left if phase["outcome"] == "rolled_back" else kept).append((number, phase["final"]))
-    lines = [_series(name, rows, metric) for name, rows in (("kept", kept), ("rolled back", left)) if rows]
-    values = [row[metric] for _, row in kept + left]
+    rolled_back = [(number, phase) for number, phase in enumerate(phases, 1) if phase["outcome"] == "rolled_back"]
+    left = [(number, phase["final"]) for number, phase in rolled_back if metric in phase["final"]]
+    lines = [_series(name, rows, metric) for name, rows in (("kept", course), ("rolled back", left)) if rows]
+    values = [row[metric] for _, row in (*course, *left)]
     percent = all(0 <= value <= 1 for value in values)
     unit = "share of answers that are right" if percent and _METRIC.fullmatch(metric) else ""
     svg = line_chart(lines, title=_words(metric), x_label="phases done", y_label=unit, percent=percent)
     return Markup(svg)
 
 
-def _series(name: str, rows: Sequence[tuple[float, Row]], metric: str) -> Series:
+def _series(name: str, rows: Sequence[tuple[int, Row]], metric: str) -> Series:
     errors = [page.finite_number(row.get(f"{metric}_se")) for _, row in rows]
     return Series(name, [(float(x), float(row[metric])) for x, row in rows], errors)

@@ -58,11 +58,8 @@ _process: subprocess.Popen[bytes] | None = None
 
 
 def _ask(function: str, arguments: tuple[Any, ...], seconds: float) -> Any:
-    process = _running()
-    assert process.stdin is not None
+    process = _told(pickle.dumps((function, arguments, seconds)))
     assert process.stdout is not None
-    pickle.dump((function, arguments, seconds), process.stdin)
-    process.stdin.flush()
     if process.stdout.readline() != b"ready\n":
         raise RunError(f"the process that grades ended while it imported {function}; its message stands above")
     line = process.stdout.readline()
@@ -74,8 +71,28 @@ def _ask(function: str, arguments: tuple[Any, ...], seconds: float) -> Any:
     return reply["value"]
 
 
+def _told(request: bytes) -> subprocess.Popen[bytes]:
+    """The process, with the request written. The system may end it between calls, for its memory say: then another
+    one gets the request."""
+    try:
+        return _write(request)
+    except OSError:
+        _stop()
+        return _write(request)
+
+
+def _write(request: bytes) -> subprocess.Popen[bytes]:
+    process = _running()
+    assert process.stdin is not None
+    process.stdin.write(request)
+    process.stdin.flush()
+    return process
+
+
 def _running() -> subprocess.Popen[bytes]:
     global _process
+    if _process is not None and _process.poll() is not None:
+        _stop()
     if _process is None:
         # It sees the modules that this process sees. Grading needs one thread, and each of a numerical library's own
         # would reserve address space.

@@ -9,9 +9,16 @@ from understudy.types import FinishReason, Prompt
 
 # Marks around a letter that say nothing: bold face, code, mathematics, LaTeX fonts.
 _DECORATION = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\b|[*_`$]")
+# "A or B" settles on neither.
+_UNDECIDED = r"(?![\s,)}\]\"'”]*\bor\s+(?:(?:option|choice)\s+)?[({\[\"'“]*[A-F](?![\w'’-]))"
+# "A bit unclear": an article, as before every word in small letters but those that rather go on after a letter.
+_GOES_ON = (
+    "and|as|at|based|because|but|by|due|for|from|given|if|in|is|not|on|rather|since|so|then|when|where|which|while|with"
+)
+_ARTICLE = rf"(?!(?<=A)[ \t]+(?!(?:{_GOES_ON})(?![\w-]))[a-z])"
 _STATED = re.compile(
     r"(?i:\banswer\s*(?::|is\b\s*:?)\s*(?:(?:option|choice)\s+)?)"
-    r"[\s({\[\"'“]*([A-F])(?![\w'’-])"
+    rf"[\s({{\[\"'“]*([A-F])(?![\w'’-]){_UNDECIDED}{_ARTICLE}"
 )
 _BOXED = re.compile(r"\\boxed\s*\{[\s{(\[]*([A-Fa-f])\s*[)}\].:,]")
 _ALONE = re.compile(r"\W*([A-Fa-f])\W*")
@@ -24,7 +31,8 @@ def choice(prompt: Prompt, completion: str, finish_reason: FinishReason) -> Grad
 
     - "answer: X" or "answer is X", in any case but for the letter, which is a capital standing alone as a word.
       "Final Answer: X" (SimpleBench's form) is one of these; so are "the correct answer is option (X)" and
-      "Answer: X. the text of X".
+      "Answer: X. the text of X". No choice: "answer: X or Y", and "answer: A bit", an A with a word in small letters
+      behind it, unless that is one like "because" or "is", which hardly follows an article.
     - ``\boxed{X}``, capital or small, also ``\boxed{(X)}`` and ``\boxed{X. the text of X}``.
     - a last line that holds nothing but the letter, capital or small.
 

@@ -20,8 +20,9 @@ def math(prompt: Prompt, completion: str, finish_reason: FinishReason) -> Grade:
     is not searched: 0, no answer. The row's answer is a number, LaTeX, text that ends in "#### 18" (GSM8K's form), or
     a solution with a box.
 
-    An answer that cannot be judged within ``bounded.LIMIT_SECONDS`` and ``bounded.LIMIT_BYTES`` earns 0. Works in every
-    thread. Raises ValueError for a row's answer that cannot be read, ConfigError without the `graders` extra.
+    An answer that cannot be judged within ``bounded.LIMIT_SECONDS`` and ``bounded.LIMIT_BYTES``, or at which
+    math-verify fails, earns 0. Works in every thread. Raises ValueError for a row's answer that cannot be read, which
+    the answer alone decides and never the machine's speed; ConfigError without the `graders` extra.
     """
     require("math_verify", "grader math")
     gold = gold_of(answer_of(prompt))
@@ -30,9 +31,11 @@ def math(prompt: Prompt, completion: str, finish_reason: FinishReason) -> Grade:
     try:
         verdict = bounded.call("understudy.tasks.math_equality:compare", gold, boxed(completion), completion)
     except bounded.GaveUpError:
+        return Grade(0.0, has_answer=bool(completion.strip()))
+    except bounded.FailedError:
         if completion.strip():
             return Grade(0.0)
-        verdict = "unreadable_gold"
+        verdict = "unreadable_gold"  # there is nothing else to fail at
     if verdict == "unreadable_gold":
         raise ValueError(f"prompt {prompt.index}: the answer {prompt.answer!r} holds no expression")
     return Grade(float(verdict == "right"), has_answer=verdict != "no_answer")
