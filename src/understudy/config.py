@@ -337,6 +337,7 @@ def _nearest(name: str, model: type[BaseModel]) -> str:
 
 
 def explain(error: ValidationError, path: str, model: type[BaseModel] = RunConfig) -> ConfigError:
+    """What ``error`` found in the file ``path``, as one thing to do about it."""
     # A misspelt key often leaves another one missing: the former is the cause.
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     name = ".".join(str(part) for part in first["loc"])
