@@ -34,6 +34,7 @@ from pydantic import TypeAdapter
 import understudy
 from understudy import RunConfig, cli, cli_arguments
 from understudy.config import field_rows
+from understudy.config_pipeline import merged
 from understudy.config_plan import load_plan
 from understudy.tasks import Grade
 from understudy.types import Prompt
@@ -117,14 +118,6 @@ def use_toml(code: str) -> None:
         load_plan(file)
     else:
         RunConfig.from_toml(file)
-
-
-def merged(tree: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
-    result = dict(tree)
-    for name, value in part.items():
-        both = isinstance(value, dict) and isinstance(result.get(name), dict)
-        result[name] = merged(result[name], value) if both else value
-    return result
 
 
 def run_command(arguments: list[str], monkeypatch: pytest.MonkeyPatch, *, only_parsed: bool) -> None:
