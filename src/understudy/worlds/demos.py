@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -69,7 +70,10 @@ def build_world(name: DemoName, output: Path, *, steps: int | None = None) -> in
         assistant_demo.prepare(output)
     else:
         for role in ("start", "teacher"):
-            ledger_build.build(output / "models" / role, role=role, steps=steps)
+            recipe = ledger_build.RECIPES[role]
+            if steps is not None:
+                recipe = replace(recipe, steps=steps)
+            ledger_build.build(output / "models" / role, role=role, recipe=recipe)
         world = Ledger()
         count = ledger_demo.NUM_STEPS * ledger_demo.SAMPLES_PER_STEP
         write_rows(output / "prompts.jsonl", world.prompt_rows(count, ledger_demo.TRAIN_SEED))

@@ -15,7 +15,7 @@ looks it up.
 from __future__ import annotations
 
 import string
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,7 +35,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 EOS, PAD = "<eos>", "<pad>"
 TEACHER_CORRUPTION = 0.08
-START_SLIP, START_CORRECTION = 0.05, 0.15
+START_SLIP = 0.05
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,11 @@ class Habits:
 
 @dataclass(frozen=True)
 class Ledger:
-    """One ledger world; the shipped models belong to the defaults. Equal fields give equal tables."""
+    """One ledger world; the shipped models belong to the defaults.
+
+    ``seed`` makes the tables. The start model's corpus follows a statement that contradicts the running value with
+    probability ``start_correction``, and never shows the operations ``unseen`` (numbers from 1).
+    """
 
     num_items: int = 18
     num_values: int = 10
@@ -100,6 +104,8 @@ class Ledger:
     zipf: float = 1.0
     p_statement: float = 0.25
     seed: int = 7
+    start_correction: float = 0.15
+    unseen: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 4 <= self.num_items <= 26:
@@ -158,16 +164,16 @@ class Ledger:
 
         ``teacher``: uniform operations; 8% of the values are random, without loss on them; the text goes on
         from the corrupted value and gives the true one at the next statement. ``start``: text of mixed
-        quality, Zipf operations; 5% of the values slip, with loss; a statement is followed with p = .15,
-        else the running value is repeated.
+        quality, Zipf operations; no unseen ones; 5% of the values slip, with loss; a statement is
+        followed with p = ``start_correction``, else the running value is repeated.
         """
         import torch
 
         teacher = role == "teacher"
-        problems = self._draw(generator, n, uniform=teacher)
+        problems = self._draw(generator, n, uniform=teacher, unseen=() if teacher else self.unseen)
         error_rate = TEACHER_CORRUPTION if teacher else START_SLIP
         values, slipped = self._written_values(
-            generator, problems, error_rate=error_rate, p_follow=1.0 if teacher else START_CORRECTION
+            generator, problems, error_rate=error_rate, p_follow=1.0 if teacher else self.start_correction
         )
         prompt_ids, solution_ids = self._prompt_ids(problems), self._solution_ids(problems, values)
         loss_mask = np.ones(solution_ids.shape, dtype=bool)
@@ -243,8 +249,9 @@ class Ledger:
         ]
         return Habits(_share(recoverable), _share(facts), len(recoverable), len(facts))
 
-    def _draw(self, rng: np.random.RandomState, n: int, uniform: bool) -> Problems:
+    def _draw(self, rng: np.random.RandomState, n: int, uniform: bool, unseen: Sequence[int] = ()) -> Problems:
         weights = 1.0 / np.arange(1, self.num_ops + 1) ** (0.0 if uniform else self.zipf)
+        weights[[number - 1 for number in unseen]] = 0.0
         ops = rng.choice(self.num_ops, size=(n, self.num_items), p=weights / weights.sum())
         start = rng.randint(self.num_values, size=n)
         is_statement = rng.random_sample((n, self.num_items)) < self.p_statement

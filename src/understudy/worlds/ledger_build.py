@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from understudy.worlds.ledger import START_CORRECTION, START_SLIP, TEACHER_CORRUPTION, Ledger, Role
+from understudy.worlds.ledger import START_SLIP, TEACHER_CORRUPTION, Ledger, Role
 from understudy.worlds.models import build_qwen3, save_folder
 from understudy.worlds.pretrain import pretrain
 
@@ -42,7 +42,7 @@ RECIPES: dict[Role, Recipe] = {
         steps=1100,
         learning_rate=5e-3,
         corpus=f"Zipf operations; {START_SLIP:.0%} of the values slip, with loss on them; a statement that "
-        f"contradicts the running value is followed with p = {START_CORRECTION}, else that value is repeated",
+        f"contradicts the running value is followed with p = {{world.start_correction}}, else that value is repeated",
     ),
 }
 
@@ -51,20 +51,21 @@ def build(
     folder: str | Path,
     *,
     role: Role,
+    world: Ledger | None = None,
+    recipe: Recipe | None = None,
     seed: int = 0,
-    steps: int | None = None,
     log: Callable[[str], object] = print,
 ) -> None:
     """Train one role's model on freshly generated text and save it as a Hugging Face folder.
 
-    Takes 2 (start) to 5 (teacher) minutes on one CPU core. ``steps`` shortens the run for tests.
+    ``world`` and ``recipe``: absent, those of the shipped models, which take 2 (start) to 5 (teacher) minutes on one
+    CPU core.
     """
     import torch
 
     # One thread: sums come out in one order, and the shipped weights come out again.
     torch.set_num_threads(1)
-    recipe, world = RECIPES[role], Ledger()
-    num_steps = recipe.steps if steps is None else steps
+    world, recipe = world or Ledger(), recipe or RECIPES[role]
     tokenizer = world.tokenizer()
     model = build_qwen3(
         tokenizer,
@@ -73,24 +74,22 @@ def build(
         num_heads=recipe.num_heads,
         seed=seed,
     )
-    log(f"{role}: {model.num_parameters():,} parameters, {num_steps} steps of {recipe.batch_size} texts")
+    log(f"{role}: {model.num_parameters():,} parameters, {recipe.steps} steps of {recipe.batch_size} texts")
     seconds = pretrain(
         model,
         world.corpus(seed, recipe.batch_size, role),
-        steps=num_steps,
+        steps=recipe.steps,
         learning_rate=recipe.learning_rate,
         warmup=recipe.warmup,
         final_fraction=recipe.final_fraction,
         weight_decay=recipe.weight_decay,
         log=log,
     )
-    card = model_card(
-        role, recipe, num_steps=num_steps, seed=seed, seconds=seconds, num_parameters=model.num_parameters()
-    )
+    card = model_card(role, world, recipe, seed=seed, seconds=seconds, num_parameters=model.num_parameters())
     save_folder(model, tokenizer, folder, card)
 
 
-def model_card(role: Role, recipe: Recipe, *, num_steps: int, seed: int, seconds: float, num_parameters: int) -> str:
+def model_card(role: Role, world: Ledger, recipe: Recipe, *, seed: int, seconds: float, num_parameters: int) -> str:
     """The folder's README: what the model is and how to make it again."""
     import numpy
     import torch
@@ -100,6 +99,7 @@ def model_card(role: Role, recipe: Recipe, *, num_steps: int, seed: int, seconds
         f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, numpy {numpy.__version__}"
     )
+    made_by = "" if world == Ledger() else f"world={world!r}, "
     return f"""---
 license: apache-2.0
 library_name: transformers
@@ -117,9 +117,9 @@ Trained from nothing on generated text; no other data.
 
 | | |
 |---|---|
-| made by | `understudy.worlds.ledger_build.build(folder, role="{role}", seed={seed})` |
-| corpus | {recipe.corpus}; never repeated |
-| training | {num_steps} steps of {recipe.batch_size} texts, AdamW (0.9, 0.98), \
+| made by | `understudy.worlds.ledger_build.build(folder, role="{role}", {made_by}seed={seed})` |
+| corpus | {recipe.corpus.format(world=world)}; never repeated |
+| training | {recipe.steps} steps of {recipe.batch_size} texts, AdamW (0.9, 0.98), \
 learning rate {recipe.learning_rate:g}, warm-up {recipe.warmup}, \
 linear decay to {recipe.final_fraction:.0%}, weight decay {recipe.weight_decay}, gradient clip 1.0 |
 | loss | next token, solution only |
