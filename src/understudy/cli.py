@@ -31,7 +31,14 @@ app = App(
 )
 world = App(name="world", help="Small models and tasks built from nothing.")
 app.command(world)
-for tool in (cli_tools.compare, cli_tools.cost, cli_tools.report, cli_tools.estimators, cli_tools.keys):
+for tool in (
+    cli_tools.compare,
+    cli_tools.cost,
+    cli_tools.report,
+    cli_tools.estimators,
+    cli_tools.experiment,
+    cli_tools.keys,
+):
     app.command(tool)
 
 

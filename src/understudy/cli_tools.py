@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -162,3 +162,46 @@ def report(*runs: Path) -> int:
             )
         print(write_run_report(run))
     return 0
+
+
+def experiment(
+    claim: str,
+    /,
+    *,
+    pipelines: int = 5,
+    scale: Literal["cpu", "gpu", "smoke"] = "cpu",
+    output: Path = Path("experiments"),
+    cache: Path | None = None,
+    slots: int | None = None,
+) -> int:
+    """Test one of the article's claims, or all of them, with controls on several whole pipelines.
+
+    Results go to <output>/<claim>/: results.json, plots, the README's results and report.html. Trained models and
+    finished runs are kept in the cache: a stopped experiment goes on with the same command, and results are made again
+    only when code or settings behind them change. docs/experiments.md says more.
+
+    For example:
+
+        understudy experiment c2
+
+        understudy experiment all --scale gpu --slots 1
+
+    Parameters
+    ----------
+    claim
+        c1 to c13, or all.
+    pipelines
+        Independent repetitions, each with its own tasks, teacher and start; intervals are over these.
+    scale
+        cpu: about half an hour of two cores a claim, beside its models. gpu: larger models and more problems, for one
+        data-centre GPU. smoke: everything in seconds; the results mean nothing.
+    output
+        Where results are kept.
+    cache
+        Where models and runs are kept; ~/.cache/understudy/experiments by default.
+    slots
+        Processes at a time; two by default, one for gpu.
+    """
+    from understudy.experiments.command import run
+
+    return run(claim, pipelines=pipelines, scale=scale, output=output, cache=cache, slots=slots)

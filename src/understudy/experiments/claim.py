@@ -103,7 +103,8 @@ class Chart:
 @dataclass(frozen=True)
 class Finding:
     """What the records say. ``ours``: a cell for the table of all claims. ``text``: a paragraph with the pass rule's
-    numbers. ``numbers``: every estimate that the verdict rests on."""
+    numbers. ``numbers``: every estimate that the verdict rests on. ``rollouts``: completions to colour on the page,
+    each {"rollout": a stored rollout (``rollout_store``), "notes": {token: text}}."""
 
     verdict: Verdict
     ours: str
@@ -111,6 +112,7 @@ class Finding:
     numbers: Mapping[str, Any]
     table: Sequence[Mapping[str, str]] = ()
     charts: Sequence[Chart] = ()
+    rollouts: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)

@@ -74,12 +74,11 @@ class Scale:
 
 def _sized(steps: tuple[int, int], widths: tuple[int, int], layers: int = 2) -> LedgerModels:
     """(teacher, start)."""
-    recipes = ledger_build.RECIPES
-    teacher, start = (
-        replace(recipes[role], steps=n, hidden_size=width, num_layers=layers)
-        for role, n, width in zip(("teacher", "start"), steps, widths, strict=True)
+    teacher, start = ledger_build.RECIPES["teacher"], ledger_build.RECIPES["start"]
+    return LedgerModels(
+        replace(teacher, steps=steps[0], hidden_size=widths[0], num_layers=layers),
+        replace(start, steps=steps[1], hidden_size=widths[1], num_layers=layers),
     )
-    return LedgerModels(teacher, start)
 
 
 SCALES: dict[ScaleName, Scale] = {
