@@ -70,6 +70,20 @@ class LedgerBench:
         path = self.test if problems == "test" else self.validation
         return self.lab.evaluate(model, self.task(path, temperatures, samples), max_completion_tokens=MAX_TOKENS)
 
+    def habits(self, run: Run, temperature: float = 1.0) -> dict[str, float | None]:
+        """Recovery and facts in what an evaluation wrote (``Habits``); None: a share of nothing."""
+        written = [
+            (outcome.prompt_text, completion)
+            for outcome in run.outcomes
+            if outcome.temperature == temperature
+            for completion in outcome.completions
+        ]
+        habits = self.world.tables.recovery_and_facts(written)
+        return {
+            "recovery": habits.recovery if habits.num_recoverable else None,
+            "facts": habits.facts if habits.num_facts else None,
+        }
+
     def distill(self, rate: float, steps: int, settings: Mapping[str, Any] = {}, **options: Any) -> Run:
         """On-policy distillation from the world's teacher: one solution of each fresh problem, full reverse KL unless
         ``settings`` (dotted keys) say otherwise. ``options``: of ``on_policy``."""

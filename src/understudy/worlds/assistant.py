@@ -81,9 +81,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @cache
-def known_facts(facts: FactSet) -> tuple[Fact, ...]:
-    """80 old or 160 new facts, always the same ones. Entities 0-19 are old."""
-    rng = random.Random(FACT_SEED)
+def known_facts(facts: FactSet, seed: int = FACT_SEED) -> tuple[Fact, ...]:
+    """80 old or 160 new facts, always the same ones for a seed. Entities 0-19 are old."""
+    rng = random.Random(seed)
     everything = [(entity, relation, rng.choice(VALUES)) for entity in ENTITIES for relation in RELATIONS]
     num_old = round(len(everything) * OLD_SHARE)
     if facts == "old":
@@ -91,6 +91,11 @@ def known_facts(facts: FactSet) -> tuple[Fact, ...]:
     if facts == "new":
         return tuple(everything[num_old:])
     raise ValueError(f"got facts {facts!r}; expected 'old' or 'new'")
+
+
+def _chosen(facts: FactSet | Sequence[Fact], fact_seed: int) -> Sequence[Fact]:
+    """A named set of ``fact_seed``'s facts, or the given facts themselves."""
+    return known_facts(facts, fact_seed) if isinstance(facts, str) else facts
 
 
 def follow(instructions: Sequence[str], words: Sequence[str]) -> list[str]:
@@ -121,9 +126,9 @@ def instruction_rows(n: int, seed: int) -> list[Row]:
     return [_prompt_row(*_instruction(rng), task="instructions") for _ in range(n)]
 
 
-def question_rows(facts: FactSet) -> list[Row]:
+def question_rows(facts: FactSet | Sequence[Fact], fact_seed: int = FACT_SEED) -> list[Row]:
     """One question per fact, as prompts with an answer to grade against."""
-    return [_prompt_row(*_question(fact), task="facts") for fact in known_facts(facts)]
+    return [_prompt_row(*_question(fact), task="facts") for fact in _chosen(facts, fact_seed)]
 
 
 def chat_rows(n: int, seed: int) -> list[Row]:
@@ -132,19 +137,19 @@ def chat_rows(n: int, seed: int) -> list[Row]:
     return [_chat_row(*_instruction(rng), task="instructions") for _ in range(n)]
 
 
-def qa_chat_rows(n: int, seed: int, facts: FactSet = "old") -> list[Row]:
+def qa_chat_rows(n: int, seed: int, facts: FactSet | Sequence[Fact] = "old", fact_seed: int = FACT_SEED) -> list[Row]:
     """``n`` questions (facts drawn with replacement) with their answers, as conversations to train on."""
-    rng = random.Random(f"questions {seed}")
-    return [_chat_row(*_question(rng.choice(known_facts(facts))), task="facts") for _ in range(n)]
+    rng, known = random.Random(f"questions {seed}"), _chosen(facts, fact_seed)
+    return [_chat_row(*_question(rng.choice(known)), task="facts") for _ in range(n)]
 
 
-def document_rows(n: int, seed: int, facts: FactSet = "new") -> list[Row]:
+def document_rows(n: int, seed: int, facts: FactSet | Sequence[Fact] = "new", fact_seed: int = FACT_SEED) -> list[Row]:
     """``n`` documents of 4 sentences, one fact each, as plain text without the end token."""
-    rng = random.Random(f"documents {seed}")
-    return [{"text": _document(rng, known_facts(facts)), "task": "documents"} for _ in range(n)]
+    rng, known = random.Random(f"documents {seed}"), _chosen(facts, fact_seed)
+    return [{"text": _document(rng, known), "task": "documents"} for _ in range(n)]
 
 
-def stage0_rows(n_steps: int, seed: int) -> list[Row]:
+def stage0_rows(n_steps: int, seed: int, fact_seed: int = FACT_SEED) -> list[Row]:
     """The first training's mixture: 48 ``n_steps`` instruction conversations, documents and questions on
     old facts.
 
@@ -155,10 +160,10 @@ def stage0_rows(n_steps: int, seed: int) -> list[Row]:
     instructions = chat_rows(INSTRUCTIONS_PER_STEP * n_steps, seed)
     budget = sum(map(trained_tokens, instructions))
     num_questions = round(QUESTION_WEIGHT * budget / trained_tokens(qa_chat_rows(1, seed)[0]))
-    rows = instructions + qa_chat_rows(num_questions, seed)
+    rows = instructions + qa_chat_rows(num_questions, seed, fact_seed=fact_seed)
     rng, spent = random.Random(f"stage 0 documents {seed}"), 0
     while spent < DOCUMENT_WEIGHT * budget:
-        rows.append({"text": _document(rng, known_facts("old")), "task": "documents"})
+        rows.append({"text": _document(rng, known_facts("old", fact_seed)), "task": "documents"})
         spent += trained_tokens(rows[-1])
     rng.shuffle(rows)
     return rows

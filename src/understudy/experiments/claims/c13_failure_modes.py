@@ -1,0 +1,398 @@
+"""C13: failure modes. Runs with a known fault beside healthy ones: what refuses them, and which metric shows them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from understudy.config import RunConfig, StudentConfig
+from understudy.errors import ConfigError
+from understudy.experiments.bench import MAX_TOKENS, PER_STEP, T1, TRAIN_SEED, LedgerBench
+from understudy.experiments.claim import Chart, Claim, Estimate, Finding, Record, Search, Verdict, mean_curve, searched
+from understudy.experiments.lab import Lab, Run
+from understudy.types import ScoreKind, Scores, TokenSequence
+from understudy.worlds.ledger import EOS, PAD
+
+if TYPE_CHECKING:
+    from understudy.backends.local import LocalTeacher
+    from understudy.backends.protocols import Teacher
+    from understudy.objectives import Objective
+    from understudy.types import Batch, LossOutput
+
+SAMPLED = {"objective.estimator": "sampled"}
+# log p - log q has the gradient of log p, and so has a policy loss whose every advantage is -1: a control says that.
+K1 = {**SAMPLED, "objective.control": "fixed_negative", "objective.control_threshold": 1.0}
+# What the teacher reads instead of the student's prompt.
+TEMPLATES: Mapping[str, Callable[[str], str]] = {
+    "no-arrow": lambda prompt: prompt.removesuffix(" =>"),
+    "foreign-prefix": lambda prompt: f"=> | => {prompt}",
+}
+TEMPERATURES = {"hot-teacher": 2.0, "cold-teacher": 0.5}
+MODES = ("eos", *TEMPLATES, *TEMPERATURES, "flipped-sign", "k1-loss")
+RECORDED = (
+    "reverse_kl/mean",
+    "reverse_kl/max",
+    "entropy/sampled",
+    "completion_length/mean",
+    "truncated/share",
+    "repeated_4gram/share",
+    "optim/grad_norm",
+    "optim/loss",
+    "ratio/abs_log_mean",
+    "ratio/abs_log_max",
+    "ratio/max",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Optimizer steps, and how often accuracy is looked at."""
+
+    steps: int = 40
+    every: int = 5
+
+
+@dataclass(frozen=True)
+class WrappedTeacher:
+    """The world's teacher at a temperature that it does not state, or with the tokens that end a text exchanged."""
+
+    model: Path
+    temperature: float = 1.0
+    exchanged: tuple[int, int] | None = None
+
+    @property
+    def key(self) -> Mapping[str, Any]:
+        return {"model": self.model.name, "temperature": self.temperature, "exchanged": self.exchanged}
+
+    def load(self) -> Teacher:
+        first, second = self.exchanged or (0, 0)
+        return _Exchanged(_local_teacher(self.model, self.temperature), {first: second, second: first})
+
+
+@dataclass
+class _Exchanged:
+    """Marks a completion as if ``tokens`` stood in it: log-probabilities of a model that has them exchanged."""
+
+    teacher: LocalTeacher
+    tokens: Mapping[int, int]
+    kinds: frozenset[ScoreKind] = frozenset({"sampled"})
+
+    def compute_logprobs(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:
+        return self.teacher.compute_logprobs([self._read(sequence) for sequence in sequences])
+
+    def score(self, sequences: Sequence[TokenSequence], kind: ScoreKind, *, topk: int = 0) -> list[Scores]:
+        return self.teacher.score([self._read(sequence) for sequence in sequences], kind, topk=topk)
+
+    def _read(self, sequence: TokenSequence) -> TokenSequence:
+        return replace(sequence, completion_ids=[self.tokens.get(token, token) for token in sequence.completion_ids])
+
+
+def _local_teacher(model: Path, temperature: float) -> LocalTeacher:
+    from understudy.backends.loading import load_student
+    from understudy.backends.local import LocalTeacher
+
+    config = StudentConfig(model=str(model), dtype="float32")
+    return LocalTeacher(load_student(config, role="teacher"), temperature=temperature)
+
+
+def search(lab: Lab, settings: Settings, arm: str) -> Search:
+    """Accuracy of the healthy run at temperature 1 on the validation problems; faulty runs take its rate."""
+    bench = LedgerBench.of(lab)
+
+    def score(rate: float) -> float:
+        run = bench.distill(rate, settings.steps, SAMPLED)
+        return bench.evaluate(run.student, "validation", (1.0,)).metrics[T1]
+
+    return searched(score)
+
+
+def pipeline(lab: Lab, settings: Settings, rates: Mapping[str, float]) -> Record:
+    """The healthy run, the faulty ones, and what was said to those that ask for a fault openly (None: nothing)."""
+    bench = LedgerBench.of(lab)
+    healthy = bench.distill(rates["healthy"], settings.steps, SAMPLED, every=settings.every)
+    runs = {"healthy": healthy} | {mode: _faulty(bench, settings, mode, healthy) for mode in MODES}
+    return {
+        "refused": {mode: _refusal(bench, mode) for mode in MODES},
+        "runs": {name: _run_record(run) for name, run in runs.items()},
+    }
+
+
+def _run_record(run: Run) -> dict[str, Any]:
+    metrics = {name: [(step, float(f"{value:.5g}")) for step, value in run.curve(name)] for name in RECORDED}
+    return {"accuracy": run.curve(T1), "metrics": metrics}
+
+
+def _faulty(bench: LedgerBench, settings: Settings, mode: str, healthy: Run) -> Run:
+    if mode == "flipped-sign":
+        return _flipped(bench.lab, healthy)
+    rate = healthy.config.optim.learning_rate
+    prompts = _prompts(bench, settings.steps * PER_STEP, TEMPLATES[mode]) if mode in TEMPLATES else None
+    teacher = None
+    if mode == "eos":
+        eos, pad = (bench.world.tables.tokens.index(token) for token in (EOS, PAD))
+        teacher = WrappedTeacher(bench.world.teacher, exchanged=(eos, pad))
+    elif mode in TEMPERATURES:
+        teacher = WrappedTeacher(bench.world.teacher, temperature=TEMPERATURES[mode])
+    options = K1 if mode == "k1-loss" else SAMPLED
+    return bench.distill(rate, settings.steps, options, prompts=prompts, every=settings.every, teacher=teacher)
+
+
+def _prompts(bench: LedgerBench, n: int, template: Callable[[str], str]) -> Path:
+    """The problems of ``bench.prompts(n)``, with a prompt of the teacher's own."""
+    rows = bench.world.tables.prompt_rows(n, TRAIN_SEED + bench.lab.pipeline)
+    return bench.lab.file([row | {"teacher_prompt": template(row["prompt"])} for row in rows])
+
+
+def _flipped(lab: Lab, healthy: Run) -> Run:
+    """The healthy run again, with the sign of every advantage turned round."""
+
+    def make(folder: Path) -> None:
+        from understudy import api
+        from understudy.backends.loading import load_student
+        from understudy.backends.local import LocalTrainer
+
+        class Flipped(LocalTrainer):
+            def forward_backward(self, batch: Batch, objective: Objective) -> LossOutput:
+                assert batch.advantages is not None
+                return super().forward_backward(replace(batch, advantages=-batch.advantages), objective)
+
+        print(f"distill with a flipped sign {folder.stem}", flush=True)
+        config = healthy.config.model_copy(update={"output_dir": str(folder)})
+        api.distill(config, trainer=Flipped(load_student(config.student), config.optim))
+
+    key = {"method": "distill", "like": healthy.folder.name, "advantages": "flipped"}
+    return Run(lab.cache.folder("runs", key, make))
+
+
+def _refusal(bench: LedgerBench, mode: str) -> str | None:
+    """What the package says to a configuration that asks for the fault."""
+    with TemporaryDirectory() as folder:
+        try:
+            _ask(bench, mode, Path(folder))
+        except ConfigError as error:
+            return f"got {error.got}; expected {error.expected}"
+    return None
+
+
+def _ask(bench: LedgerBench, mode: str, folder: Path) -> None:
+    """Everything that is checked before any compute. Raises ConfigError."""
+    from understudy import api
+    from understudy.preflight import check_run
+
+    prompts = _prompts(bench, 1, TEMPLATES[mode]) if mode in TEMPLATES else bench.prompts(1)
+    tree: dict[str, Any] = {
+        "output_dir": str(folder / "run"),
+        "num_threads": 1,
+        "student": {"model": str(bench.world.start), "dtype": "float32"},
+        "teacher": {"model": str(bench.world.teacher), "dtype": "float32"},
+        "prompts": {"path": str(prompts)},
+        "sampling": {"max_completion_tokens": MAX_TOKENS},
+        "objective": {"estimator": "sampled"},
+    }
+    if mode == "eos":
+        shutil.copytree(bench.world.teacher, folder / "teacher", ignore=shutil.ignore_patterns("*.safetensors"))
+        end = {"eos_token_id": bench.world.tables.tokens.index(PAD)}
+        (folder / "teacher" / "generation_config.json").write_text(json.dumps(end), encoding="utf-8")
+        tree["teacher"]["model"] = str(folder / "teacher")
+    tree["objective"] |= {"flipped-sign": {"kl_coef": -1.0}, "k1-loss": {"loss": "k1"}}.get(mode, {})
+    config = RunConfig.from_tree(tree, mode)
+    if mode in TEMPERATURES:
+        # The configuration has one temperature for all; only a teacher that is brought along can have another.
+        api.distill(config, teachers={"default": _local_teacher(bench.world.teacher, TEMPERATURES[mode])}, quiet=True)
+    check_run(config, "distill")
+
+
+def analyse(records: Sequence[Record]) -> Finding:
+    """The pass rule of experiments/c13_failure_modes/README.md."""
+    judged = {mode: _judge(records, mode) for mode in MODES}
+    harmful = [mode for mode in MODES if judged[mode].harm.high < 0]
+    caught = [mode for mode in harmful if judged[mode].in_time >= ENOUGH * len(records)]
+    every_watched = sorted({name for names in WATCHED.values() for name in names})
+    false_alarms = sum(_alarm(records, "healthy", i, every_watched) is not None for i in range(len(records)))
+    quiet = false_alarms <= (1 - ENOUGH) * len(records) + 1e-9
+    verdict: Verdict = "does not hold here"
+    if harmful and quiet and len(caught) > len(harmful) / 2:
+        verdict = "holds" if caught == harmful else "direction only"
+    refused = [mode for mode in MODES if records[0]["refused"][mode]]
+    numbers = {
+        "harm": {mode: judged[mode].harm for mode in MODES},
+        "in_time": {mode: judged[mode].in_time for mode in MODES},
+        "refused": refused,
+        "harmful": harmful,
+        "caught": caught,
+        "false_alarms": false_alarms,
+    }
+    return Finding(
+        verdict=verdict,
+        ours=f"{len(refused)} of {len(MODES)} faults refused; forced, {len(harmful)} do harm, and {len(caught)} of "
+        f"these are shown in time; {false_alarms} false alarms in {len(records)} healthy runs",
+        text=_text(records, judged, harmful, caught, refused, false_alarms),
+        numbers=numbers,
+        table=_table(records, judged),
+        charts=_charts(records),
+    )
+
+
+# Named before any run: what shows each fault.
+WATCHED: Mapping[str, Sequence[str]] = {
+    "eos": ("reverse_kl/mean", "truncated/share"),
+    "no-arrow": ("reverse_kl/mean",),
+    "foreign-prefix": ("reverse_kl/mean",),
+    "hot-teacher": ("reverse_kl/mean", "entropy/sampled"),
+    "cold-teacher": ("reverse_kl/mean", "entropy/sampled"),
+    "flipped-sign": ("reverse_kl/mean", "entropy/sampled"),
+    "k1-loss": ("reverse_kl/mean", "entropy/sampled"),
+}
+# The rule's numbers: the band's least widening, steps in a row outside it, the fall in accuracy that is a collapse, and
+# the share of the pipelines that is enough.
+LEAST_WIDENING, IN_A_ROW, COLLAPSE, ENOUGH = 0.05, 2, 0.05, 0.8
+COLUMNS = ("refused", "minus healthy", "collapse at step", "alarm at step", "watched", "first of all metrics")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """``harm``: final accuracy minus the healthy run's. ``alarms``, ``collapses``: steps by pipeline, None: never."""
+
+    harm: Estimate
+    alarms: Sequence[int | None]
+    collapses: Sequence[int | None]
+
+    @property
+    def in_time(self) -> int:
+        """Pipelines with an alarm before any collapse."""
+        pairs = zip(self.alarms, self.collapses, strict=True)
+        return sum(alarm is not None and (collapse is None or alarm < collapse) for alarm, collapse in pairs)
+
+
+def _judge(records: Sequence[Record], mode: str) -> Judged:
+    finals = [[record["runs"][name]["accuracy"][-1][1] for record in records] for name in (mode, "healthy")]
+    return Judged(
+        harm=Estimate.of([faulty - healthy for faulty, healthy in zip(*finals, strict=True)]),
+        alarms=[_alarm(records, mode, i, WATCHED[mode]) for i in range(len(records))],
+        collapses=[_collapse(record["runs"][mode]["accuracy"]) for record in records],
+    )
+
+
+def _alarm(records: Sequence[Record], name: str, place: int, metrics: Sequence[str]) -> int | None:
+    """The step at which any of ``metrics`` raises the alarm in pipeline ``place``."""
+    others = [record for i, record in enumerate(records) if i != place]
+    steps = []
+    for metric in metrics if others else ():
+        curve = records[place]["runs"][name]["metrics"][metric]
+        healthy = [record["runs"]["healthy"]["metrics"][metric] for record in others]
+        steps.append(first_outside(curve, healthy))
+    return min((step for step in steps if step is not None), default=None)
+
+
+def first_outside(curve: Sequence[Sequence[float]], healthy: Sequence[Sequence[Sequence[float]]]) -> int | None:
+    """The step at which ``curve`` has been outside the healthy curves' widened band ``IN_A_ROW`` times in a row."""
+    outside = 0
+    for (step, value), *others in zip(curve, *healthy, strict=True):
+        low, high = min(y for _, y in others), max(y for _, y in others)
+        widening = max(high - low, LEAST_WIDENING)
+        outside = 0 if low - widening <= value <= high + widening else outside + 1
+        if outside == IN_A_ROW:
+            return int(step)
+    return None
+
+
+def _collapse(accuracy: Sequence[Sequence[float]]) -> int | None:
+    """The first evaluation that lies ``COLLAPSE`` below the start's."""
+    start = accuracy[0][1]
+    return next((int(step) for step, value in accuracy if value <= start - COLLAPSE), None)
+
+
+def _text(
+    records: Sequence[Record],
+    judged: Mapping[str, Judged],
+    harmful: Sequence[str],
+    caught: Sequence[str],
+    refused: Sequence[str],
+    false_alarms: int,
+) -> str:
+    n = len(records)
+    each = "; ".join(
+        f"{mode} {judged[mode].harm.show('{:+.3f}')}, in time in {judged[mode].in_time} of {n}" for mode in harmful
+    )
+    harmless = [f"{mode} {judged[mode].harm.show('{:+.3f}')}" for mode in MODES if mode not in harmful]
+    messages = " ".join(f"{mode}: {records[0]['refused'][mode]}." for mode in refused)
+    return (
+        f"Asked for openly, {_listed(refused)} are refused before any compute and "
+        f"{_listed([mode for mode in MODES if mode not in refused])} are not. Forced, these modes do harm (final "
+        f"accuracy minus that of the healthy run): {each or 'none'}. The rule asks for an alarm before accuracy is "
+        f"{COLLAPSE:g} below the start's, in at least {ENOUGH:.0%} of the pipelines: {_listed(caught)} pass. "
+        f"No harm is shown for {'; '.join(harmless) or 'none'}. "
+        f"Healthy runs raise {false_alarms} alarms in {n}. Messages. {messages}"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def _table(records: Sequence[Record], judged: Mapping[str, Judged]) -> list[dict[str, str]]:
+    rows = []
+    for mode in ("healthy", *MODES):
+        row = {"arm": mode, "accuracy": f"{_mean([r['runs'][mode]['accuracy'][-1][1] for r in records]):.3f}"}
+        if mode == "healthy":
+            cells = ["–"] * 6
+        else:
+            own = judged[mode]
+            refused = "yes" if records[0]["refused"][mode] else "no"
+            times = [_steps(own.collapses), _steps(own.alarms)]
+            cells = [refused, own.harm.show("{:+.3f}"), *times, ", ".join(WATCHED[mode]), _first_of_all(records, mode)]
+        rows.append(row | dict(zip(COLUMNS, cells, strict=True)))
+    return rows
+
+
+def _steps(steps: Sequence[int | None]) -> str:
+    """By pipeline."""
+    return ", ".join("never" if step is None else str(step) for step in steps)
+
+
+def _first_of_all(records: Sequence[Record], mode: str) -> str:
+    """The recorded metric that raises the alarm earliest, by its median step; of equal ones all."""
+    medians: dict[str, float] = {}
+    for metric in RECORDED:
+        steps = [_alarm(records, mode, i, [metric]) for i in range(len(records))]
+        known = sorted(step for step in steps if step is not None)
+        if len(known) > len(records) / 2:
+            medians[metric] = known[len(known) // 2]
+    first = min(medians.values(), default=None)
+    return ", ".join(metric for metric, step in medians.items() if step == first) + (f" ({first})" if medians else "–")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _charts(records: Sequence[Record]) -> list[Chart]:
+    def lines(pick: Callable[[Mapping[str, Any]], Any]) -> list[Any]:
+        return [mean_curve(mode, [pick(record["runs"][mode]) for record in records]) for mode in ("healthy", *MODES)]
+
+    accuracy = {"title": "Accuracy of faulty runs", "y_label": "accuracy at temperature 1", "percent": True}
+    kl = {"title": "Their reverse KL", "y_label": "reverse_kl/mean, nats per token"}
+    return [
+        Chart("accuracy", lines(lambda run: run["accuracy"]), {"x_label": "step", **accuracy}),
+        Chart("reverse-kl", lines(lambda run: run["metrics"]["reverse_kl/mean"]), {"x_label": "step", **kl}),
+    ]
+
+
+CLAIM = Claim(
+    name="c13_failure_modes",
+    title="Failure modes",
+    article="Not in the article. Reports name different end tokens, templates and temperatures, a flipped sign, and "
+    "log p - log q as a loss; no numbers.",
+    limits="The alarm needs healthy runs of the same world to compare with. Faults are total; some that do little in "
+    "short answers may do much in long ones.",
+    settings={"cpu": Settings(), "gpu": Settings(), "smoke": Settings(steps=4, every=2)},
+    search=search,
+    pipeline=pipeline,
+    analyse=analyse,
+    arms=("healthy",),
+)

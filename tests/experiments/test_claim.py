@@ -1,0 +1,50 @@
+"""What analyses are made of, with numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from understudy.experiments.claim import Estimate, Search, column, first_reaching, mean_curve, searched
+
+
+def test_the_best_rate_is_taken_and_of_equals_the_lowest():
+    assert Search([(0.1, 0.5), (0.2, 0.9), (0.3, 0.7)]).chosen == 0.2
+    assert Search([(0.3, 0.9), (0.1, 0.9), (0.2, 0.5)]).chosen == 0.1
+
+
+def test_a_best_rate_at_the_edge_is_told():
+    assert not Search([(0.1, 0.5), (0.2, 0.9), (0.3, 0.7)]).at_edge
+    assert Search([(0.1, 0.5), (0.2, 0.6), (0.3, 0.7)]).at_edge
+    assert Search([(0.1, 0.8), (0.2, 0.6), (0.3, 0.7)]).at_edge
+
+
+def test_every_rate_is_scored():
+    assert searched(lambda rate: -rate, (1.0, 2.0)).scores == [(1.0, -1.0), (2.0, -2.0)]
+
+
+def test_an_interval_over_pipelines():
+    # Mean 3, standard deviation sqrt(2.5), error sqrt(0.5); t(4) at 97.5% is 2.7764.
+    estimate = Estimate.of([1, 2, 3, 4, 5])
+    assert estimate.mean == 3
+    assert estimate.low == pytest.approx(3 - 2.7764 * math.sqrt(0.5), abs=1e-3)
+    assert estimate.high == pytest.approx(3 + 2.7764 * math.sqrt(0.5), abs=1e-3)
+    assert estimate.show("{:.1f}") == "3.0 [1.0, 5.0]"
+
+
+def test_one_pipeline_leaves_everything_open():
+    assert Estimate.of([0.5]) == Estimate(0.5, -math.inf, math.inf)
+
+
+def test_columns_and_levels():
+    assert column([{"a": {"b": 1}}, {"a": {"b": 2.5}}], "a", "b") == [1.0, 2.5]
+    assert first_reaching([(0, 0.1), (10, 0.5), (20, 0.4), (30, 0.6)], 0.5) == 10
+    assert first_reaching([(0, 0.1)], 0.5) is None
+
+
+def test_a_mean_curve_has_the_error_over_pipelines():
+    line = mean_curve("a", [[(0, 1.0), (5, 2.0)], [(0, 3.0), (5, 2.0)]])
+    assert line.points == [(0, 2.0), (5, 2.0)]
+    assert line.errors == [pytest.approx(1.0), 0.0]
+    assert mean_curve("one", [[(0, 1.0)]]).errors == [None]
