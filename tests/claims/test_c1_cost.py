@@ -136,12 +136,6 @@ def test_charts_can_be_drawn():
         assert "<svg" in line_chart(chart.series, **chart.options)
 
 
-@pytest.mark.parametrize(("level", "step"), [(0.35, 0.0), (0.5, 5.0), (0.65, 10.0), (0.8, 15.0), (0.96, None)])
-def test_crossing(level: float, step: float | None):
-    found = c1_cost._crossing([(0, 0.35), (10, 0.65), (20, 0.95)], level)
-    assert found == (None if step is None else pytest.approx(step))
-
-
 def test_settings_keep_models_where_variants_and_c9_look():
     for settings in CLAIM.settings.values():
         for length in (settings.sft, settings.distill, settings.rl, settings.fixed):

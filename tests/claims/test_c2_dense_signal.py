@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from understudy.experiments.claims.c2_dense_signal import ARMS, analyse, crossing
+from understudy.experiments.claims.c2_dense_signal import ARMS, analyse
 
 
 def record(distill_steps: float, *, rl_end: float = 0.8, control: float = 0.2) -> dict:
@@ -72,11 +72,3 @@ def test_does_not_hold_if_rl_taught_nothing() -> None:
     assert finding.verdict == "does not hold here"
     assert "nothing to match" in finding.text
     assert finding.numbers["steps: rl / distill"].mean == 1
-
-
-def test_crossing_is_read_off_straight_lines() -> None:
-    curve = [(0, 0.2), (10, 0.4), (20, 0.3), (30, 0.8)]
-    assert crossing(curve, 0.3) == pytest.approx(5)
-    assert crossing(curve, 0.55) == pytest.approx(25)
-    assert crossing(curve, 0.1) == 0
-    assert crossing(curve, 0.9) is None

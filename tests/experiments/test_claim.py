@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from understudy.experiments.claim import Estimate, Search, column, first_reaching, mean_curve, searched
+from understudy.experiments.claim import Estimate, column, crossing, mean_curve
+from understudy.experiments.search import Search, searched
 
 
 def test_the_best_rate_is_taken_and_of_equals_the_lowest():
@@ -39,8 +40,23 @@ def test_one_pipeline_leaves_everything_open():
 
 def test_columns_and_levels():
     assert column([{"a": {"b": 1}}, {"a": {"b": 2.5}}], "a", "b") == [1.0, 2.5]
-    assert first_reaching([(0, 0.1), (10, 0.5), (20, 0.4), (30, 0.6)], 0.5) == 10
-    assert first_reaching([(0, 0.1)], 0.5) is None
+    curve = [(0, 0.1), (10, 0.5), (20, 0.4), (30, 0.6)]
+    assert crossing(curve, 0.5) == 10
+    assert crossing(curve, 0.3) == pytest.approx(5)
+    assert crossing(curve, 0.55) == pytest.approx(27.5)
+    assert crossing(curve, 0.1) == 0
+    assert crossing(curve, 0.9) is None
+
+
+def test_differences_ratios_and_points():
+    assert Estimate.of_differences([0.5, 0.7], [0.4, 0.4]).mean == pytest.approx(0.2)
+    ratios = Estimate.geometric([1.0, 4.0])
+    assert ratios.mean == pytest.approx(2.0)
+    # Logarithms 0 and ln 4: error ln 2, t(1) at 97.5% is 12.706.
+    assert ratios.high == pytest.approx(2.0 * 2.0**12.706, rel=1e-3)
+    assert ratios.low == pytest.approx(2.0 / 2.0**12.706, rel=1e-3)
+    assert Estimate.geometric([2.0]).show("{:.1f}").startswith("2.0 [0.0, ")
+    assert Estimate(0.0123, -0.01, 0.1).points() == "+1.2 [-1.0, +10.0]"
 
 
 def test_a_mean_curve_has_the_error_over_pipelines():

@@ -13,8 +13,9 @@ from understudy.checkpoints import write_json
 from understudy.errors import ConfigError, RunError
 from understudy.experiments import claims, command, results, runner
 from understudy.experiments.board import Board, newest_line
-from understudy.experiments.claim import Claim, Estimate, Finding, Search, column
+from understudy.experiments.claim import Claim, Estimate, Finding, column
 from understudy.experiments.runner import run_claims
+from understudy.experiments.search import Search
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 from understudy.experiments.lab import Lab
+from understudy.experiments.search import Search
 from understudy.experiments.worlds import ScaleName
 from understudy.report.charts import Series
 from understudy.statistics import mean_and_error, t_interval
@@ -14,34 +17,6 @@ from understudy.statistics import mean_and_error, t_interval
 Verdict = Literal["holds", "direction only", "does not hold here"]
 Record = Mapping[str, Any]
 """What one pipeline found: JSON types."""
-
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-"""Learning rates that every arm is searched over."""
-LORA_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-"""The same, ten times higher: adapters want about ten times the rate (Schulman et al., LoRA Without Regret)."""
-
-
-@dataclass(frozen=True)
-class Search:
-    """Scores on the validation problems by learning rate, as (rate, score); the best is taken."""
-
-    scores: Sequence[tuple[float, float]]
-
-    @property
-    def chosen(self) -> float:
-        """Of equal scores the lowest rate."""
-        return max(self.scores, key=lambda pair: (pair[1], -pair[0]))[0]
-
-    @property
-    def at_edge(self) -> bool:
-        """Whether the best is the lowest or the highest tried: a better one may lie beyond."""
-        rates = [rate for rate, _ in self.scores]
-        return self.chosen in (min(rates), max(rates))
-
-
-def searched(score: Callable[[float], float], rates: Sequence[float] = RATES) -> Search:
-    """Score every rate."""
-    return Search([(rate, score(rate)) for rate in rates])
 
 
 @dataclass(frozen=True)
@@ -59,10 +34,32 @@ class Estimate:
         low, high = t_interval(values) if len(values) > 1 else (float("-inf"), float("inf"))
         return cls(mean, low, high)
 
+    @classmethod
+    def of_differences(cls, ours: Sequence[float], others: Sequence[float]) -> Estimate:
+        """Of paired values."""
+        return cls.of([one - other for one, other in zip(ours, others, strict=True)])
+
+    @classmethod
+    def geometric(cls, ratios: Sequence[float]) -> Estimate:
+        """The geometric mean: the interval is that of the logarithms."""
+        return cls.of([math.log(ratio) for ratio in ratios]).exponential()
+
+    def exponential(self) -> Estimate:
+        """Of what this is the logarithm of."""
+        return Estimate(*(math.exp(min(value, _LARGEST_LOG)) for value in (self.mean, self.low, self.high)))
+
     def show(self, form: str = "{:.3f}") -> str:
         """``0.123 [0.100, 0.150]``."""
         mean, low, high = (form.format(value) for value in (self.mean, self.low, self.high))
         return f"{mean} [{low}, {high}]"
+
+    def points(self) -> str:
+        """A difference of shares in percentage points: ``+12.3 [+10.0, +15.0]``."""
+        return Estimate(100 * self.mean, 100 * self.low, 100 * self.high).show("{:+.1f}")
+
+
+# Where exp leaves float64. What is beyond is infinite for every purpose here.
+_LARGEST_LOG = 700.0
 
 
 def column(records: Sequence[Record], *path: str) -> list[float]:
@@ -76,9 +73,15 @@ def column(records: Sequence[Record], *path: str) -> list[float]:
     return values
 
 
-def first_reaching(curve: Sequence[Sequence[float]], level: float) -> float | None:
-    """The first x of a curve of (x, y) whose y is at least ``level``; None if it never is."""
-    return next((x for x, y in curve if y >= level), None)
+def crossing(curve: Sequence[Sequence[float]], level: float) -> float | None:
+    """Where the curve of (x, y), with straight lines between its points, first reaches ``level``; None if it does
+    not."""
+    if curve[0][1] >= level:
+        return curve[0][0]
+    for (x0, y0), (x1, y1) in pairwise(curve):
+        if y1 >= level:
+            return x0 + (x1 - x0) * (level - y0) / (y1 - y0)
+    return None
 
 
 def mean_curve(name: str, curves: Sequence[Sequence[Sequence[float]]]) -> Series:

@@ -39,7 +39,14 @@ OF_RUNS = (
     "worlds/assistant",
     "worlds/ledger",
 )
-OF_EXPERIMENTS = ("experiments/bench", "experiments/lab", "experiments/worlds")
+OF_EXPERIMENTS = (
+    "experiments/assistant_bench",
+    "experiments/bench",
+    "experiments/lab",
+    "experiments/search",
+    "experiments/worlds",
+    "worlds/routes",
+)
 
 
 def code_hash(modules: Sequence[str]) -> str:
@@ -54,8 +61,8 @@ def claim_hash(module: str) -> str:
 
 
 def _statements(source: str, until: str = "") -> list[str]:
-    """The module's statements in one spelling, without docstrings; those from the function ``until`` on are left
-    out."""
+    """The module's statements in one spelling, without imports and docstrings; those from the function ``until`` on are
+    left out."""
     tree = ast.parse(source)
     names = [getattr(node, "name", "") for node in tree.body]
     tree.body = tree.body[: names.index(until)] if until else tree.body
@@ -63,7 +70,8 @@ def _statements(source: str, until: str = "") -> list[str]:
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             # Texts that stand alone: docstrings, and attributes' docstrings.
             node.body = [s for s in node.body if not _is_text(s)] or [ast.Pass()]
-    return [ast.unparse(node) for node in tree.body]
+    # Where a name is imported from decides nothing.
+    return [ast.unparse(node) for node in tree.body if not isinstance(node, ast.Import | ast.ImportFrom)]
 
 
 def _is_text(statement: ast.stmt) -> bool:

@@ -20,10 +20,11 @@ from typing import Any
 from markupsafe import Markup
 
 from understudy.checkpoints import write_atomic, write_json
-from understudy.experiments.claim import Chart, Claim, Finding, Search
+from understudy.experiments.claim import Chart, Claim, Finding
 from understudy.experiments.claims import NAMES, load_claim
 from understudy.experiments.code import claim_hash
 from understudy.experiments.runner import Results, config_hash
+from understudy.experiments.search import Search
 from understudy.experiments.worlds import SCALES, ScaleName
 from understudy.report import page
 from understudy.report.charts import line_chart

@@ -20,10 +20,11 @@ from understudy.checkpoints import write_json
 from understudy.errors import RunError
 from understudy.experiments.board import Board
 from understudy.experiments.cache import Cache, digest
-from understudy.experiments.claim import Claim, Search
+from understudy.experiments.claim import Claim
 from understudy.experiments.claims import load_claim
 from understudy.experiments.code import claim_hash
 from understudy.experiments.lab import Lab
+from understudy.experiments.search import Search
 from understudy.experiments.worlds import SCALES, ScaleName
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from understudy.evaluation import Outcome
 from understudy.experiments.bench import GREEDY, PER_STEP, T1, LedgerBench
-from understudy.experiments.claim import RATES, Chart, Claim, Estimate, Finding, Record, Search, Verdict, searched
+from understudy.experiments.claim import Chart, Claim, Estimate, Finding, Record, Verdict
 from understudy.experiments.lab import Lab, Run
+from understudy.experiments.search import RATES, Search, searched
 from understudy.report.charts import Series
 from understudy.worlds.ledger import Ledger
 
@@ -139,19 +140,19 @@ def share(values: Sequence[float]) -> tuple[float | None, int]:
 def analyse(records: Sequence[Record]) -> Finding:
     """The pass rule of experiments/c11_support/README.md."""
     unseen = {arm: _facts(records, arm, "unseen") for arm in ("start", *ARMS)}
-    seen_gain = _difference(_facts(records, "distill", "seen"), _facts(records, "start", "seen"))
-    behind = _difference(unseen["sft"], unseen["distill"])
+    seen_gain = Estimate.of_differences(_facts(records, "distill", "seen"), _facts(records, "start", "seen"))
+    behind = Estimate.of_differences(unseen["sft"], unseen["distill"])
     ordinary, without = (_habit(records, start, "distill") for start in ("ordinary", "without"))
     numbers = {
         **{f"unseen, {arm}": Estimate.of(values) for arm, values in unseen.items()},
         "sft - distill, unseen": behind,
-        "sft - distill-4x, unseen": _difference(unseen["sft"], unseen["distill-4x"]),
-        "sft-distill - distill, unseen": _difference(unseen["sft-distill"], unseen["distill"]),
-        "distill - start, unseen": _difference(unseen["distill"], unseen["start"]),
+        "sft - distill-4x, unseen": Estimate.of_differences(unseen["sft"], unseen["distill-4x"]),
+        "sft-distill - distill, unseen": Estimate.of_differences(unseen["sft-distill"], unseen["distill"]),
+        "distill - start, unseen": Estimate.of_differences(unseen["distill"], unseen["start"]),
         "distill - start, seen": seen_gain,
         "recovery, ordinary": Estimate.of(ordinary),
         "recovery, without the habit": Estimate.of(without),
-        "recovery, ordinary - without": _difference(ordinary, without),
+        "recovery, ordinary - without": Estimate.of_differences(ordinary, without),
     }
     stalls = numbers["unseen, distill"].high < NEAR_CHANCE
     habit_stalls = (
@@ -184,10 +185,6 @@ def _facts(records: Sequence[Record], arm: str, kind: str) -> list[float]:
 
 def _habit(records: Sequence[Record], start: str, stage: str) -> list[float]:
     return [record["habit"][start][stage]["recovery"] or 0.0 for record in records]
-
-
-def _difference(a: Sequence[float], b: Sequence[float]) -> Estimate:
-    return Estimate.of([x - y for x, y in zip(a, b, strict=True)])
 
 
 def _text(

@@ -19,19 +19,9 @@ from understudy.batching import micro_batches
 from understudy.config import RunConfig
 from understudy.costs import CostLedger
 from understudy.experiments.bench import MAX_TOKENS, PER_STEP, T1, LedgerBench
-from understudy.experiments.claim import (
-    Chart,
-    Claim,
-    Estimate,
-    Finding,
-    Record,
-    Search,
-    Verdict,
-    column,
-    mean_curve,
-    searched,
-)
+from understudy.experiments.claim import Chart, Claim, Estimate, Finding, Record, Verdict, column, mean_curve
 from understudy.experiments.lab import Lab, Run
+from understudy.experiments.search import Search, searched
 from understudy.objectives import Objective
 from understudy.preflight import check_run
 from understudy.rollouts import sample_rollouts, step_seed
@@ -280,8 +270,8 @@ def _text(pipelines: int, numbers: Mapping[str, Any]) -> str:
         f"{shown('discount 1 / sampled')} (each must lie below 1). Squared difference from the full estimator's "
         f"expected gradient, relative to it: sampled {bias['sampled'].show('{:.3f}')}, baseline "
         f"{bias['baseline'].show('{:.3f}')} (each must lie below {UNBIASED}), top 4 {bias['top 4'].show('{:.3f}')}, "
-        f"top 16 {bias['top 16'].show('{:.3f}')}. Accuracy at the end, minus that of sampled: {', '.join(gains)} (those "
-        "of the discounts must not lie above 0)."
+        f"top 16 {bias['top 16'].show('{:.3f}')}. Accuracy at the end, minus that of sampled: {', '.join(gains)}; "
+        "those of the discounts must not lie above 0."
     )
 
 

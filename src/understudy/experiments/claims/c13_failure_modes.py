@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from understudy.config import RunConfig, StudentConfig
 from understudy.errors import ConfigError
 from understudy.experiments.bench import MAX_TOKENS, PER_STEP, T1, TRAIN_SEED, LedgerBench
-from understudy.experiments.claim import Chart, Claim, Estimate, Finding, Record, Search, Verdict, mean_curve, searched
+from understudy.experiments.claim import Chart, Claim, Estimate, Finding, Record, Verdict, mean_curve
 from understudy.experiments.lab import Lab, Run
+from understudy.experiments.search import Search, searched
 from understudy.types import ScoreKind, Scores, TokenSequence
 from understudy.worlds.ledger import EOS, PAD
 

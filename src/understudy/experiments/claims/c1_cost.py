@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from statistics import correlation, linear_regression
 from typing import Any
@@ -13,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from understudy.experiments.bench import GREEDY, PER_STEP, T1, LedgerBench
-from understudy.experiments.claim import Chart, Claim, Estimate, Finding, Record, Search, Verdict, mean_curve, searched
+from understudy.experiments.claim import Chart, Claim, Estimate, Finding, Record, Verdict, crossing, mean_curve
 from understudy.experiments.lab import Lab, Run
+from understudy.experiments.search import Search, searched
 from understudy.report.charts import Series
 from understudy.statistics import mean_and_error
 
@@ -235,20 +235,10 @@ def _cost(record: Record, arm: str, level: str, unit: str) -> tuple[float, bool]
     entry = record["arms"][arm]
     start = entry["accuracy"][0][1]
     wanted = start + LEVELS[level] * (TEACHER_SHARE * record["teacher"]["t1"] - start)
-    crossed = _crossing(entry["accuracy"], wanted) if wanted > start else None
+    crossed = crossing(entry["accuracy"], wanted) if wanted > start else None
     step = entry["accuracy"][-1][0] if crossed is None else crossed
     cost = sum(_at(entry[part], step) for part in UNITS[unit]) if UNITS[unit] else step
     return cost, crossed is not None
-
-
-def _crossing(curve: Curve, level: float) -> float | None:
-    """Where the curve, with straight lines between its points, first reaches ``level``."""
-    if curve[0][1] >= level:
-        return curve[0][0]
-    for (x0, y0), (x1, y1) in pairwise(curve):
-        if y1 >= level:
-            return x0 + (x1 - x0) * (level - y0) / (y1 - y0)
-    return None
 
 
 def _at(curve: Curve, x: float) -> float:

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from understudy.experiments.bench import GREEDY, PER_STEP, T1, LedgerBench
-from understudy.experiments.claim import (
-    Chart,
-    Claim,
-    Estimate,
-    Finding,
-    Record,
-    Search,
-    Verdict,
-    mean_curve,
-    searched,
-)
+from understudy.experiments.claim import Chart, Claim, Estimate, Finding, Record, Verdict, crossing, mean_curve
 from understudy.experiments.lab import Lab, Run
+from understudy.experiments.search import Search, searched
 from understudy.report.charts import Series
 
 DISTILLED: Mapping[str, Mapping[str, Any]] = {
@@ -159,16 +148,6 @@ def _final(record: Record, arm: str) -> float:
     return record["arms"][arm]["accuracy"][-1][1]
 
 
-def crossing(curve: Sequence[Sequence[float]], level: float) -> float | None:
-    """Where the curve, with straight lines between its points, first reaches ``level``; None if it does not."""
-    if curve[0][1] >= level:
-        return curve[0][0]
-    for (x0, y0), (x1, y1) in pairwise(curve):
-        if y1 >= level:
-            return x0 + (x1 - x0) * (level - y0) / (y1 - y0)
-    return None
-
-
 def _steps(record: Record, arm: str) -> float | None:
     """To the level; None if not reached, or if the start is there already: then there is nothing to measure."""
     level = LEVEL * _final(record, "rl")
@@ -189,16 +168,13 @@ def _ratios(records: Sequence[Record], arm: str) -> Ratios:
     both = [each["rl"]["flops"] + (cost or each[arm]["flops"]) for each, cost in zip(arms, own, strict=True)]
     flops, with_teacher = ([_over(*pair) for pair in zip(rl, costs, strict=True)] for costs in (own, both))
     reached = sum(_steps(record, arm) is not None for record in records)
-    return Ratios(_geometric(steps), _geometric(flops), _geometric(with_teacher), reached, len(records))
+    return Ratios(
+        Estimate.geometric(steps), Estimate.geometric(flops), Estimate.geometric(with_teacher), reached, len(records)
+    )
 
 
 def _over(rl: float | None, own: float | None) -> float:
     return rl / own if rl and own else 1.0
-
-
-def _geometric(ratios: Sequence[float]) -> Estimate:
-    logs = Estimate.of([math.log(ratio) for ratio in ratios])
-    return Estimate(math.exp(logs.mean), math.exp(logs.low), math.exp(logs.high))
 
 
 def _text(count: int, gain: Estimate, ratios: Mapping[str, Ratios], leads: Mapping[str, Estimate]) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from understudy.experiments.bench import GREEDY, MAX_TOKENS, T1, TRAIN_SEED, LedgerBench
-from understudy.experiments.claim import Chart, Claim, Estimate, Finding, Record, Search, Verdict, column, searched
+from understudy.experiments.claim import Chart, Claim, Estimate, Finding, Record, Verdict, column
 from understudy.experiments.lab import Lab, Run
+from understudy.experiments.search import Search, searched
 from understudy.report.charts import Series
 from understudy.statistics import mean_and_error
 
@@ -119,7 +120,7 @@ def analyse(records: Sequence[Record]) -> Finding:
     one, many = _accuracy(records, "one-prompt"), _accuracy(records, "256-prompts")
     gap = Estimate.of([_share(a - b, c - b) for a, b, c in zip(one, start, teacher, strict=True)])
     gain_share = Estimate.of([_share(a - b, c - b) for a, b, c in zip(one, start, many, strict=True)])
-    gain = _difference(one, start)
+    gain = Estimate.of_differences(one, start)
     verdict: Verdict = "does not hold here"
     if gap.low > NEAR:
         verdict = "holds"
@@ -131,7 +132,7 @@ def analyse(records: Sequence[Record]) -> Finding:
         "gain": gain,
         "lead_over_rl": _lead(records, "one-prompt-rl"),
         "lead_over_sft": _lead(records, "one-prompt-sft"),
-        "64_minus_256_prompts": _difference(_accuracy(records, "64-prompts"), many),
+        "64_minus_256_prompts": Estimate.of_differences(_accuracy(records, "64-prompts"), many),
         "spread_within": _mean([_deviation(run["t1"] for run in r["arms"]["one-prompt"]) for r in records]),
         "spread_between": _deviation(one),
         "lowest": min(run["t1"] for r in records for run in r["arms"]["one-prompt"]),
@@ -161,11 +162,7 @@ def _accuracy(records: Sequence[Record], arm: str) -> list[float]:
 def _lead(records: Sequence[Record], control: str) -> Estimate:
     """Distillation minus a control, on the problems that both have."""
     ours = [_mean([run["t1"] for run in r["arms"]["one-prompt"][: len(r["arms"][control])]]) for r in records]
-    return _difference(ours, _accuracy(records, control))
-
-
-def _difference(a: Sequence[float], b: Sequence[float]) -> Estimate:
-    return Estimate.of([x - y for x, y in zip(a, b, strict=True)])
+    return Estimate.of_differences(ours, _accuracy(records, control))
 
 
 def _share(part: float, whole: float) -> float:

@@ -13,20 +13,9 @@ from understudy.experiments.assistant_bench import (
     PER_STEP,
     AssistantBench,
 )
-from understudy.experiments.claim import (
-    LORA_RATES,
-    RATES,
-    Chart,
-    Claim,
-    Estimate,
-    Finding,
-    Record,
-    Search,
-    column,
-    mean_curve,
-    searched,
-)
+from understudy.experiments.claim import Chart, Claim, Estimate, Finding, Record, column, mean_curve
 from understudy.experiments.lab import Lab, Run
+from understudy.experiments.search import LORA_RATES, RATES, Search, searched
 
 # (Share of documents among the sequences, chats in the pool that the rest is drawn from: an index into Settings.pools.)
 MIXES: Mapping[str, tuple[float, int]] = {
@@ -44,7 +33,7 @@ class Settings:
     """Optimizer steps, and sizes of the two pools of chats."""
 
     documents: int = 400
-    recovery: int = 60
+    recovery: int = 100
     every: int = 20
     pools: tuple[int, int] = (512, 32)
     lora_rank: int = 4
@@ -53,8 +42,9 @@ class Settings:
 
 
 def search(lab: Lab, settings: Settings, arm: str) -> Search:
-    """Mid-training is for the new facts, and chosen by them. Recovery is chosen by the mean of the validation
-    instructions and the new facts, after mid-training on documents alone. Greedy answers."""
+    """Mid-training is for the new facts, and chosen by them: with instructions in the score, the best would be to learn
+    nothing. Recovery is chosen by the mean of the validation instructions and the new facts, after mid-training on
+    documents alone. Greedy answers."""
     bench = AssistantBench(lab)
     facts = {"new": bench.facts("new")}
     if arm.startswith("documents"):
@@ -264,11 +254,6 @@ def _path(shares: Iterable[float]) -> str:
     return " → ".join(f"{share:.0%}" for share in shares)
 
 
-def _points(estimate: Estimate) -> str:
-    """In percentage points."""
-    return Estimate(*(100 * value for value in (estimate.mean, estimate.low, estimate.high))).show("{:+.1f}")
-
-
 def _after_rounds(records: Sequence[Record], arm: str) -> dict[str, Estimate]:
     """After the last phase: instructions, new facts of all rounds, those of the first round, and old facts."""
     ends = [record["rounds"][arm][-1]["scores"] for record in records]
@@ -295,24 +280,24 @@ def _text(numbers: Mapping[str, Any]) -> str:
     )
     return (
         f"Differences in points, greedy, with 95% intervals. Documents alone change instructions by "
-        f"{_points(numbers['lost'])}. After distillation from the earlier self they differ from the original's by "
+        f"{numbers['lost'].points()}. After distillation from the earlier self they differ from the original's by "
         f"{_each(numbers['recovered'])} (margin 2), and new facts from what mid-training left by "
         f"{_each(numbers['kept'])} (margin 5). Mixtures with 512 chats differ from the original by "
         f"{_each(numbers['mixtures'])}. "
         + (f"Conditions that fail: {', '.join(failed)}. " if failed else "All four conditions are met. ")
         + "Distillation minus fine-tuning on the earlier self's answers: "
         + "; ".join(
-            f"from {name}, instructions {_points(diffs['instructions'])}, new facts {_points(diffs['new'])}"
+            f"from {name}, instructions {diffs['instructions'].points()}, new facts {diffs['new'].points()}"
             for name, diffs in versus.items()
         )
         + f". Adapters minus all weights, after documents alone: instructions "
-        f"{_points(numbers['adapters_minus_full']['instructions'])}, new facts "
-        f"{_points(numbers['adapters_minus_full']['new'])}. After the last round of new documents: {rounds}."
+        f"{numbers['adapters_minus_full']['instructions'].points()}, new facts "
+        f"{numbers['adapters_minus_full']['new'].points()}. After the last round of new documents: {rounds}."
     )
 
 
 def _each(estimates: Mapping[str, Estimate]) -> str:
-    return ", ".join(f"{_points(estimate)} ({name})" for name, estimate in estimates.items())
+    return ", ".join(f"{estimate.points()} ({name})" for name, estimate in estimates.items())
 
 
 def _table(records: Sequence[Record]) -> list[dict[str, str]]:

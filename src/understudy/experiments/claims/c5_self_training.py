@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from understudy.experiments.assistant_bench import PER_STEP, AssistantBench
-from understudy.experiments.claim import Chart, Claim, Estimate, Finding, Record, Search, mean_curve
+from understudy.experiments.claim import Chart, Claim, Estimate, Finding, Record, mean_curve
 from understudy.experiments.lab import Lab, Run
+from understudy.experiments.search import Search
 from understudy.report.charts import Series
 
 # The learning rate is what is varied; nothing is searched.
@@ -154,8 +155,8 @@ def analyse(records: Sequence[Record]) -> Finding:
     high = practical[-1]
     return Finding(
         verdict="holds" if all(conditions.values()) else "direction only" if partly else "does not hold here",
-        ours=f"Instructions after 100 steps at {high}, in points: self-SFT {_points(changed[SFT][high])}, "
-        f"self-distillation {_points(changed['distill, full'][high])}",
+        ours=f"Instructions after 100 steps at {high}, in points: self-SFT {changed[SFT][high].points()}, "
+        f"self-distillation {changed['distill, full'][high].points()}",
         text=_text(numbers),
         numbers=numbers,
         table=_table(records),
@@ -215,13 +216,8 @@ def _slope(points: Sequence[tuple[float, float]]) -> float:
     return sum((x - middle_x) * (y - middle_y) for x, y in logs) / sum((x - middle_x) ** 2 for x, _ in logs)
 
 
-def _points(estimate: Estimate) -> str:
-    """In percentage points."""
-    return Estimate(*(100 * value for value in (estimate.mean, estimate.low, estimate.high))).show("{:+.1f}")
-
-
 def _factor(logs: Estimate) -> str:
-    return Estimate(*(math.exp(value) for value in (logs.mean, logs.low, logs.high))).show("{:.3g}")
+    return logs.exponential().show("{:.3g}")
 
 
 def _text(numbers: Mapping[str, Any]) -> str:
@@ -229,8 +225,8 @@ def _text(numbers: Mapping[str, Any]) -> str:
     failed = [name for name, met in numbers["conditions"].items() if not met]
     return (
         "Instructions followed at temperature 1, change in points after 100 steps: "
-        + "; ".join(f"{arm}, {_each(changed[arm], _points)}" for arm in ARMS)
-        + f"; fresh samples with linear decay from {DECAYED:g}: {_points(numbers['decayed_changed'])}. "
+        + "; ".join(f"{arm}, {_each(changed[arm], Estimate.points)}" for arm in ARMS)
+        + f"; fresh samples with linear decay from {DECAYED:g}: {numbers['decayed_changed'].points()}. "
         f"In fine-tuning on fresh samples, KL from the start grows with the rate to the power of "
         f"{numbers['slopes'][SFT].show('{:.2f}')}. Full distillation's KL is that of fine-tuning times "
         f"{_each(numbers['log_kl_distill_over_sft'], _factor)}. From the spoiled start, KL is multiplied by: "

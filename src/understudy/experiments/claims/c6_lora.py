@@ -7,19 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from understudy.experiments.bench import GREEDY, PER_STEP, T1, LedgerBench
-from understudy.experiments.claim import (
-    LORA_RATES,
-    RATES,
-    Chart,
-    Claim,
-    Estimate,
-    Finding,
-    Record,
-    Search,
-    Verdict,
-    searched,
-)
+from understudy.experiments.claim import Chart, Claim, Estimate, Finding, Record, Verdict
 from understudy.experiments.lab import Lab, Run
+from understudy.experiments.search import LORA_RATES, RATES, Search, searched
 from understudy.report.charts import Series
 from understudy.statistics import mean_and_error
 
@@ -95,8 +85,8 @@ def analyse(records: Sequence[Record]) -> Finding:
     gains = {method: Estimate.of([_gain(record, f"{method}-{FULL}") for record in records]) for method in METHODS}
     return Finding(
         verdict=_verdict(lowest, overall),
-        ours=f"Points lost at rank {RANKS[0]}: {_points(gaps[f'sft-rank-{RANKS[0]}'])} after SFT, "
-        f"{_points(gaps[f'distill-rank-{RANKS[0]}'])} after distillation",
+        ours=f"Points lost at rank {RANKS[0]}: {gaps[f'sft-rank-{RANKS[0]}'].points()} after SFT, "
+        f"{gaps[f'distill-rank-{RANKS[0]}'].points()} after distillation",
         text=_text(records, gaps, gains, lowest, overall),
         numbers={
             "gap_difference_lowest_rank": lowest,
@@ -138,12 +128,6 @@ def _share_kept(records: Sequence[Record], arm: str) -> float | None:
     return sum(_gain(record, arm) for record in records) / whole if whole > 0 else None
 
 
-def _points(estimate: Estimate) -> str:
-    """In percentage points."""
-    scaled = Estimate(100 * estimate.mean, 100 * estimate.low, 100 * estimate.high)
-    return scaled.show("{:+.1f}")
-
-
 def _share(share: float | None) -> str:
     return "none to keep" if share is None else f"{share:.0%}"
 
@@ -156,7 +140,7 @@ def _text(
     overall: Estimate,
 ) -> str:
     def lost(method: str) -> str:
-        return ", ".join(f"rank {rank}: {_points(gaps[f'{method}-rank-{rank}'])}" for rank in RANKS)
+        return ", ".join(f"rank {rank}: {gaps[f'{method}-rank-{rank}'].points()}" for rank in RANKS)
 
     def kept(method: str) -> str:
         return " / ".join(_share(_share_kept(records, f"{method}-rank-{rank}")) for rank in RANKS)
@@ -164,10 +148,10 @@ def _text(
     weak = gains["sft"].low <= 0
     caution = " SFT's own gain is not established, so that there was little to lose under SFT." if weak else ""
     return (
-        f"Full fine-tuning gains {_points(gains['sft'])} points by SFT and {_points(gains['distill'])} by distillation."
+        f"Full fine-tuning gains {gains['sft'].points()} points by SFT and {gains['distill'].points()} by distillation."
         f"{caution} Points that adapters lose against it: after SFT {lost('sft')}; after distillation "
-        f"{lost('distill')}. Gap after SFT minus gap after distillation: rank {RANKS[0]} {_points(lowest)}, mean of "
-        f"all ranks {_points(overall)}; the claim holds if both intervals lie above 0. Shares of the full gain that "
+        f"{lost('distill')}. Gap after SFT minus gap after distillation: rank {RANKS[0]} {lowest.points()}, mean of "
+        f"all ranks {overall.points()}; the claim holds if both intervals lie above 0. Shares of the full gain that "
         f"adapters of rank {' / '.join(map(str, RANKS))} keep: {kept('sft')} after SFT, {kept('distill')} after "
         f"distillation."
     )
@@ -180,7 +164,7 @@ def _row(records: Sequence[Record], arm: str) -> dict[str, str]:
         "arm": arm,
         "accuracy": Estimate.of([entry["t1"] for entry in entries]).show(),
         "greedy": Estimate.of([entry["greedy"] for entry in entries]).show(),
-        "points lost against full": "" if arm.endswith(FULL) else _points(Estimate.of([_gap(r, arm) for r in records])),
+        "points lost against full": "" if arm.endswith(FULL) else Estimate.of([_gap(r, arm) for r in records]).points(),
         "share of full's gain": "" if arm.endswith(FULL) else _share(_share_kept(records, arm)),
         "recovery": f"{sum(recovery) / len(recovery):.2f}" if recovery else "",
     }

@@ -12,8 +12,9 @@ import torch
 from understudy.backends.language_model import LanguageModel
 from understudy.backends.local import LocalTeacher
 from understudy.experiments.bench import MAX_TOKENS, LedgerBench
-from understudy.experiments.claim import Chart, Claim, Estimate, Finding, Record, Search, Verdict, column, mean_curve
+from understudy.experiments.claim import Chart, Claim, Estimate, Finding, Record, Verdict, column, mean_curve
 from understudy.experiments.lab import Lab
+from understudy.experiments.search import Search
 from understudy.experiments.solutions import load, read, solutions
 from understudy.lm_head import divergence_columns
 from understudy.rollout_store import rollout_record

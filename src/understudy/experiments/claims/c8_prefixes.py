@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from understudy.experiments.bench import GREEDY, T1, LedgerBench
-from understudy.experiments.claim import Chart, Claim, Estimate, Finding, Record, Search, Verdict, mean_curve, searched
+from understudy.experiments.claim import Chart, Claim, Estimate, Finding, Record, Verdict, mean_curve
 from understudy.experiments.lab import Lab, Run
+from understudy.experiments.search import Search, searched
 
 WHOLE = "whole"
 # Parts of whole solutions that train.
