@@ -35,7 +35,7 @@ def wrong_solution() -> Marked:
     penalty = [0.0] * 13
     penalty[2], penalty[5], penalty[8], penalty[11] = 5.0, 9.0, -0.1, 0.3
     rollout = Rollout(Prompt(0, [0], prompt), [0] * 13, [0.0] * 13, "stop", 0, 0)
-    scores = {name: penalty for name in SCORES} | {"position": [float(t) for t in range(13)]}
+    scores = dict.fromkeys(SCORES, penalty) | {"position": [float(t) for t in range(13)]}
     return Marked(ScoredRollout(rollout, None, None), text, TABLES.diagnose(prompt, text), scores)
 
 

@@ -14,7 +14,7 @@ from understudy.errors import ConfigError, RunError
 from understudy.experiments import claims, command, results, runner
 from understudy.experiments.board import Board, newest_line
 from understudy.experiments.claim import Claim, Estimate, Finding, column
-from understudy.experiments.runner import run_claims
+from understudy.experiments.runner import Task, run_claims
 from understudy.experiments.search import Search
 
 
@@ -69,14 +69,15 @@ class _Inline:
     """A worker without a process."""
 
     def __init__(self):
-        self.task = None
+        self.task: Task | None = None
         self.started = 0.0
 
-    def begin(self, task):
+    def begin(self, task: Task) -> None:
         self.task, self.started = task, time.monotonic()
 
     def take(self):
         task, self.task = self.task, None
+        assert task is not None
         try:
             return task, runner.perform(task)
         except ValueError as error:
@@ -195,5 +196,8 @@ def test_the_board_tells_how_far_and_how_long(tmp_path):
     assert newest_line(log) == "newest"
 
 
-def test_records_are_json(tmp_path):
+def test_records_are_json():
     assert json.loads(json.dumps(results._rounded({"a": (1.23456789, [2, None])}))) == {"a": [1.23457, [2, None]]}
+    numbers = {"gain": Estimate.of([0.5]), "by arm": {"a": [0.1234567, "b"]}}
+    plain = {"gain": {"mean": 0.5, "low": None, "high": None}, "by arm": {"a": [0.123457, "b"]}}
+    assert results._plain(numbers) == plain

@@ -47,7 +47,7 @@ class LedgerBench:
         return self._problems(self.lab.scale.num_validation, VALIDATION_SEED)
 
     def prompts(self, n: int) -> Path:
-        """The first ``n`` training problems."""
+        """``n`` training problems. Sets of different sizes are different draws."""
         return self._problems(n, TRAIN_SEED)
 
     def _problems(self, n: int, seed: int) -> Path:
@@ -136,7 +136,7 @@ class LedgerBench:
         return self.lab.run("sft", tree, settings)
 
     def samples(self, n: int, *, writer: Path | None = None, per_problem: int = 1) -> Run:
-        """``writer``'s solutions (absent: the teacher's) at temperature 1 of the first ``n`` training problems."""
+        """``writer``'s solutions (absent: the teacher's) at temperature 1 of ``prompts(n)``."""
         tree = {
             "seed": self.lab.pipeline,
             "num_threads": 1,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from understudy.checkpoints import checkpoint_path, write_jsonl
 from understudy.config import RunConfig
 from understudy.config_base import set_dotted
+from understudy.errors import RunError
 from understudy.evaluation import Outcome, read_outcomes
 from understudy.experiments.cache import Cache, digest
 from understudy.experiments.code import OF_RUNS, code_hash
@@ -151,13 +152,12 @@ def _execute(method: Method, tree: Tree, folder: Path, teacher: BroughtTeacher |
 
     print(f"{method} {folder.stem}", flush=True)  # the newest line of a task's log says what it is doing
     config = RunConfig.model_validate({**tree, "output_dir": str(folder)})
-    if method == "distill":
-        api.distill(config, teachers={"default": teacher.load()} if teacher else None)
-    else:
-        command: Callable[[RunConfig], object] = {
-            "sft": api.sft,
-            "rl": api.rl,
-            "generate": api.generate,
-            "eval": api.evaluate,
-        }[method]
-        command(config)
+    command: Callable[[RunConfig], api.RunResult] = {
+        "distill": partial(api.distill, teachers={"default": teacher.load()} if teacher else None),
+        "sft": api.sft,
+        "rl": api.rl,
+        "generate": api.generate,
+        "eval": api.evaluate,
+    }[method]
+    if command(config).stop_requested:  # what is cut short must not look finished
+        raise RunError(f"{method} {folder.stem} was told to stop")

@@ -10,9 +10,10 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,17 @@ def _rounded(value: Any) -> Any:
     return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def _plain(value: Any) -> Any:
+    """As JSON: estimates as {mean, low, high}; what is not finite, such as the interval of one pipeline, as null."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return _rounded(value) if not isinstance(value, float) or math.isfinite(value) else None
+
+
 def _machine() -> str:
     import torch
 
@@ -103,6 +115,8 @@ def show(output: Path, name: str) -> Finding:
     assert content is not None
     claim, folder = load_claim(name), output / name
     finding = claim.analyse(content["records"])
+    found = {"verdict": finding.verdict, "text": finding.text, "numbers": _plain(finding.numbers)}
+    write_json(folder / "results.json", {**content, "finding": found})
     for chart in finding.charts:
         write_atomic(folder / f"{chart.name}.svg", _standalone(_svg(chart)))
     _fill(folder / "README.md", f"# {claim.title}", render(claim, finding, content))
