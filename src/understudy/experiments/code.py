@@ -44,6 +44,7 @@ OF_EXPERIMENTS = (
     "experiments/bench",
     "experiments/lab",
     "experiments/search",
+    "experiments/solutions",
     "experiments/worlds",
     "worlds/routes",
 )

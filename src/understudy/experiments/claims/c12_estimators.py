@@ -178,7 +178,7 @@ def analyse(records: Sequence[Record]) -> Finding:
     """The pass rule of experiments/c12_estimators/README.md."""
     ratios = {f"{one} / {other}": _ratio(records, one, other) for one, other in PAIRS}
     numbers: dict[str, Any] = {
-        "SNR": {arm: _geometric([_snr(record, arm) for record in records]) for arm in ARMS},
+        "SNR": {arm: Estimate.geometric([_snr(record, arm) for record in records]) for arm in ARMS},
         "SNR ratio": ratios,
         "bias": {arm: Estimate.of([_bias(record, arm) for record in records]) for arm in ARMS if arm != "full"},
         "accuracy - sampled": {arm: _lead(records, arm) for arm in ARMS if arm != "sampled"},
@@ -215,12 +215,7 @@ def _snr(record: Record, arm: str) -> float:
 
 
 def _ratio(records: Sequence[Record], one: str, other: str) -> Estimate:
-    return _geometric([_snr(record, one) / _snr(record, other) for record in records])
-
-
-def _geometric(values: Sequence[float]) -> Estimate:
-    logs = Estimate.of([math.log(value) for value in values])
-    return Estimate(math.exp(logs.mean), math.exp(logs.low), math.exp(min(logs.high, 700.0)))
+    return Estimate.geometric([_snr(record, one) / _snr(record, other) for record in records])
 
 
 def _bias(record: Record, arm: str) -> float:
@@ -276,7 +271,7 @@ def _text(pipelines: int, numbers: Mapping[str, Any]) -> str:
 
 
 def _row(records: Sequence[Record], arm: str, numbers: Mapping[str, Any]) -> dict[str, str]:
-    noise = _geometric(
+    noise = Estimate.geometric(
         [r["gradients"][arm]["noise"] / (r["gradients"]["full"]["noise"] or 1.0) or 1.0 for r in records]
     )
     cosines = [_cosine(record, arm) for record in records]

@@ -354,9 +354,7 @@ def _table(records: Sequence[Record]) -> list[dict[str, str]]:
     groups["consistent, final value"] = [record["final"] for record in records]
     groups["letters, operations, end"] = [record["other_tokens"] for record in records]
     solutions = sum(column(records, "with_an_error"))
-    for name, entries in groups.items():
-        if not entries:
-            continue
+    for name, entries in ((name, entries) for name, entries in groups.items() if entries):
         cells = {measure: _cell(entries, measure) for measure in ("penalty", "surprise", "entropy", "reverse_kl")}
         rows.append(
             {
