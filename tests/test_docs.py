@@ -44,6 +44,7 @@ from user import metrics, run_cli
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = sorted((ROOT / "recipes").glob("*/README.md"))
+EXPERIMENTS = sorted((ROOT / "experiments").rglob("README.md"))
 RUNS = sorted(path for path in (ROOT / "recipes").glob("*/*.toml") if path.name != "plan.toml")
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 TRAINING = ("distill", "rl", "sft")
@@ -174,7 +175,7 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("path", [*DOCS, *RECIPES, ROOT / "AGENTS.md", ROOT / "CHANGELOG.md"], ids=named)
+@pytest.mark.parametrize("path", [*DOCS, *RECIPES, *EXPERIMENTS, ROOT / "AGENTS.md", ROOT / "CHANGELOG.md"], ids=named)
 def test_links_lead_somewhere(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     targets = re.findall(r"!?\[[^\]]*\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)

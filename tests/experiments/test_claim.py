@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from understudy.errors import RunError
 from understudy.experiments.claim import Estimate, column, crossing, mean_curve
 from understudy.experiments.search import Search, searched
 
@@ -23,6 +24,20 @@ def test_a_best_rate_at_the_edge_is_told():
 
 def test_every_rate_is_scored():
     assert searched(lambda rate: -rate, (1.0, 2.0)).scores == [(1.0, -1.0), (2.0, -2.0)]
+
+
+def test_a_rate_at_which_training_breaks_off_has_no_score():
+    def score(rate: float) -> float:
+        if rate > 1:
+            raise RunError("overflow")
+        return rate
+
+    found = searched(score, (0.5, 1.0, 2.0))
+    assert found.scores == [(0.5, 0.5), (1.0, 1.0), (2.0, None)]
+    assert found.chosen == 1.0
+    assert not found.at_edge
+    with pytest.raises(RunError, match="every learning rate"):
+        _ = Search([(1.0, None)]).chosen
 
 
 def test_an_interval_over_pipelines():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from understudy.experiments.cache import digest
@@ -50,11 +50,13 @@ OF_EXPERIMENTS = (
 )
 
 
-def code_hash(modules: Sequence[str]) -> str:
+@cache
+def code_hash(modules: tuple[str, ...]) -> str:
     """Of modules by their path in the package, without ".py"."""
     return digest({module: _statements((PACKAGE / f"{module}.py").read_text(encoding="utf-8")) for module in modules})
 
 
+@cache
 def claim_hash(module: str) -> str:
     """Of what a claim's results come from: its module as far as ``analyse``, which reads results and makes none."""
     source = (PACKAGE / f"experiments/claims/{module}.py").read_text(encoding="utf-8")
@@ -62,8 +64,8 @@ def claim_hash(module: str) -> str:
 
 
 def _statements(source: str, until: str = "") -> list[str]:
-    """The module's statements in one spelling, without imports and docstrings; those from the function ``until`` on are
-    left out."""
+    """The module's statements in one spelling, without docstrings; those from the function ``until`` on are left
+    out."""
     tree = ast.parse(source)
     names = [getattr(node, "name", "") for node in tree.body]
     tree.body = tree.body[: names.index(until)] if until else tree.body
@@ -71,8 +73,7 @@ def _statements(source: str, until: str = "") -> list[str]:
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             # Texts that stand alone: docstrings, and attributes' docstrings.
             node.body = [s for s in node.body if not _is_text(s)] or [ast.Pass()]
-    # Where a name is imported from decides nothing.
-    return [ast.unparse(node) for node in tree.body if not isinstance(node, ast.Import | ast.ImportFrom)]
+    return [ast.unparse(node) for node in tree.body]
 
 
 def _is_text(statement: ast.stmt) -> bool:

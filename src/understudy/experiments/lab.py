@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from understudy.checkpoints import checkpoint_path, write_jsonl
 from understudy.config import RunConfig
 from understudy.config_base import set_dotted
-from understudy.errors import RunError
 from understudy.evaluation import Outcome, read_outcomes
 from understudy.experiments.cache import Cache, digest
 from understudy.experiments.code import OF_RUNS, code_hash
@@ -160,4 +159,4 @@ def _execute(method: Method, tree: Tree, folder: Path, teacher: BroughtTeacher |
         "eval": api.evaluate,
     }[method]
     if command(config).stop_requested:  # what is cut short must not look finished
-        raise RunError(f"{method} {folder.stem} was told to stop")
+        raise InterruptedError(f"{method} {folder.stem} was told to stop")

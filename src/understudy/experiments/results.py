@@ -197,9 +197,13 @@ def _search_table(searches: Mapping[str, Search]) -> list[dict[str, str]]:
     return [
         {"arm": arm}
         | {"taken": f"{search.chosen:g}"}
-        | {"tried": ", ".join(f"{rate:g}: {score:.3f}" for rate, score in search.scores)}
+        | {"tried": ", ".join(f"{rate:g}: {_score(score)}" for rate, score in search.scores)}
         for arm, search in searches.items()
     ]
+
+
+def _score(score: float | None) -> str:
+    return "broke off" if score is None else f"{score:.3f}"
 
 
 def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
@@ -218,8 +222,8 @@ def _command(content: Mapping[str, Any]) -> str:
 def _made_with(content: Mapping[str, Any]) -> str:
     made, minutes = content["made_with"], sum(content["seconds"].values()) / 60
     return (
-        f"{len(content['records'])} pipelines; {minutes:.0f} minutes of a thread; code {content['code']}, "
-        f"settings {content['config']}; Python {made['python']}, torch {made['torch']}, transformers "
+        f"{len(content['records'])} pipelines; {minutes:.0f} minutes for what other claims had not run; "
+        f"code {content['code']}, settings {content['config']}; Python {made['python']}, torch {made['torch']}, transformers "
         f"{made['transformers']}; {made['machine']}."
     )
 

@@ -30,9 +30,11 @@ from understudy.experiments.worlds import SCALES, ScaleName
 
 @dataclass(frozen=True)
 class Task:
-    """One arm's search, or one pipeline. ``rates``: what the searches chose."""
+    """One arm's search, or one pipeline. ``code``: hash of what results come from. ``rates``: what the searches
+    chose."""
 
     claim: str
+    code: str
     scale: ScaleName
     cache: Path
     arm: str | None = None
@@ -65,11 +67,13 @@ def config_hash(claim: Claim, scale: ScaleName) -> str:
 def perform(task: Task) -> dict[str, Any]:
     """The task's record, with the seconds it took when it was made."""
     claim = load_claim(task.claim)
+    if claim_hash(task.claim) != task.code:
+        raise RunError(f"{task.name}: its code has changed since the command began; start it again")
     cache = Cache(task.cache)
     lab = Lab(cache, SCALES[task.scale], task.pipeline)
     settings = claim.settings[task.scale]
     key = {
-        "code": claim_hash(task.claim),
+        "code": task.code,
         "config": config_hash(claim, task.scale),
         "arm": task.arm,
         "pipeline": task.pipeline,
@@ -124,7 +128,8 @@ class _Stage:
         self._scale: ScaleName = scale
         self._out: set[str] = set()
         self._back: dict[str, dict[str, Any]] = {}
-        self._searches = [Task(name, scale, cache, arm=arm) for arm in self.claim.arms]
+        self._code = claim_hash(name)
+        self._searches = [Task(name, self._code, scale, cache, arm=arm) for arm in self.claim.arms]
 
     @property
     def finished(self) -> bool:
@@ -143,7 +148,7 @@ class _Stage:
     def _pipeline_tasks(self) -> list[Task]:
         rates = {arm: search.chosen for arm, search in self._found().items()}
         return [
-            Task(self._name, self._scale, self._cache, pipeline=number, rates=rates)
+            Task(self._name, self._code, self._scale, self._cache, pipeline=number, rates=rates)
             for number in range(self._pipelines)
         ]
 
