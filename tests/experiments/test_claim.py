@@ -23,7 +23,23 @@ def test_a_best_rate_at_the_edge_is_told():
 
 
 def test_every_rate_is_scored():
-    assert searched(lambda rate: -rate, (1.0, 2.0)).scores == [(1.0, -1.0), (2.0, -2.0)]
+    assert searched(lambda rate: -rate, (1.0, 2.0), extensions=0).scores == [(1.0, -1.0), (2.0, -2.0)]
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (1e-3, [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]),
+        (3e-5, [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2]),
+        (1e-6, [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2]),
+        (3e-2, [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]),
+        (1e-4, [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2]),
+    ],
+)
+def test_the_search_goes_on_where_the_best_is_at_an_edge(best, tried):
+    found = searched(lambda rate: -abs(math.log(rate / best)))
+    assert [rate for rate, _ in found.scores] == tried
+    assert found.at_edge == (best == 1e-6)
 
 
 def test_a_rate_at_which_training_breaks_off_has_no_score():
@@ -32,7 +48,7 @@ def test_a_rate_at_which_training_breaks_off_has_no_score():
             raise RunError("overflow")
         return rate
 
-    found = searched(score, (0.5, 1.0, 2.0))
+    found = searched(score, (0.5, 1.0, 2.0), extensions=0)
     assert found.scores == [(0.5, 0.5), (1.0, 1.0), (2.0, None)]
     assert found.chosen == 1.0
     assert not found.at_edge

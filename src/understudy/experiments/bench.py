@@ -47,7 +47,7 @@ class LedgerBench:
         return self._problems(self.lab.scale.num_validation, VALIDATION_SEED)
 
     def prompts(self, n: int) -> Path:
-        """``n`` training problems. Sets of different sizes are different draws."""
+        """``n`` training problems. Sets of different sizes share operations, not start values."""
         return self._problems(n, TRAIN_SEED)
 
     def _problems(self, n: int, seed: int) -> Path:

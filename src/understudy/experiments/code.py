@@ -10,7 +10,8 @@ from understudy.experiments.cache import digest
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
-# What decides the numbers of a run. Telemetry, checks, reports and the ways a run is started are not among them.
+# What decides the numbers of a run. Telemetry, checks, reports and the way a run is put together (configuration and its
+# defaults, loading, the counting of FLOPs) are not among them: who changes a result there deletes the cache.
 OF_RUNS = (
     "advantages",
     "backends/attention",

@@ -223,8 +223,8 @@ def _made_with(content: Mapping[str, Any]) -> str:
     made, minutes = content["made_with"], sum(content["seconds"].values()) / 60
     return (
         f"{len(content['records'])} pipelines; {minutes:.0f} minutes for what other claims had not run; "
-        f"code {content['code']}, settings {content['config']}; Python {made['python']}, torch {made['torch']}, transformers "
-        f"{made['transformers']}; {made['machine']}."
+        f"code {content['code']}, settings {content['config']}; Python {made['python']}, torch {made['torch']}, "
+        f"transformers {made['transformers']}; {made['machine']}."
     )
 
 

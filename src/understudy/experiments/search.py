@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from understudy.errors import RunError
 
-RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-"""Learning rates that every arm is searched over."""
-LORA_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+"""Learning rates that every arm is searched over, at first."""
+LORA_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 """The same, ten times higher: adapters want about ten times the rate (Schulman et al., LoRA Without Regret)."""
+EXTENSIONS = 2
+"""How many further rates an arm gets whose best is the lowest or the highest tried."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,26 @@ class Search:
         return self.chosen in (min(rates), max(rates))
 
 
-def searched(score: Callable[[float], float], rates: Sequence[float] = RATES) -> Search:
-    """Score every rate. A run that breaks off, as weights that overflow do, has no score."""
-    return Search([(rate, _score(score, rate)) for rate in rates])
+def searched(score: Callable[[float], float], rates: Sequence[float] = RATES, extensions: int = EXTENSIONS) -> Search:
+    """Score every rate; then, while the best lies at an edge, the next one beyond it, at most ``extensions`` of them.
+    A run that breaks off, as weights that overflow do, has no score."""
+    found = Search([(rate, _score(score, rate)) for rate in rates])
+    for _ in range(extensions):
+        if not found.at_edge:
+            break
+        rate = _beyond(found)
+        found = Search(sorted([*found.scores, (rate, _score(score, rate))]))
+    return found
+
+
+def _beyond(found: Search) -> float:
+    """The next rate of the ladder 1, 3, 10, ... on the side of the best one."""
+    rates = [rate for rate, _ in found.scores]
+    up = found.chosen == max(rates)
+    exponent, is_three = math.floor(math.log10(found.chosen) + 1e-9), f"{found.chosen:.0e}".startswith("3")
+    if up:
+        return float(f"1e{exponent + 1}") if is_three else float(f"3e{exponent}")
+    return float(f"1e{exponent}") if is_three else float(f"3e{exponent - 1}")
 
 
 def _score(score: Callable[[float], float], rate: float) -> float | None:
