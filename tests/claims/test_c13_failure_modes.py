@@ -1,6 +1,7 @@
 import pytest
 
-from understudy.experiments.claims.c13_failure_modes import MODES, RECORDED, TEMPLATES, analyse, first_outside
+from understudy.experiments.alarms import first_outside
+from understudy.experiments.claims.c13_failure_modes import MODES, RECORDED, TEMPLATES, analyse
 
 STEPS = range(1, 11)
 
@@ -9,7 +10,7 @@ def run(final: float = 0.8, *, kl: float = 1.0, since: int = 1) -> dict:
     """Accuracy 0.3 at the start and ``final`` from step 5 on; the reverse KL is 1 and from step ``since`` on ``kl``."""
     metrics = {name: [[step, 0.0] for step in STEPS] for name in RECORDED}
     metrics["reverse_kl/mean"] = [[step, kl if step >= since else 1.0] for step in STEPS]
-    return {"accuracy": [[0, 0.3], [5, final], [10, final]], "metrics": metrics}
+    return {"accuracy": [[0, 0.3], [5, final], [10, final]], "metrics": metrics, "broke_off": None}
 
 
 def records(healthy: list[dict] | None = None, **faulty: dict) -> list[dict]:
@@ -29,6 +30,9 @@ def test_it_holds_where_every_harmful_mode_is_shown_before_accuracy_collapses() 
     assert finding.numbers["harmful"] == ["eos", "k1-loss"]
     assert finding.numbers["harm"]["eos"].mean == pytest.approx(-0.7)
     assert finding.numbers["in_time"]["eos"] == 5
+    # The last evaluation before the collapse is the start's. Without a collapse every alarm will do.
+    assert finding.numbers["in_time, strictly"]["eos"] == 0
+    assert finding.numbers["in_time, strictly"]["k1-loss"] == 5
     assert finding.numbers["refused"] == ["eos"]
     table = {row["arm"]: row for row in finding.table}
     assert table["eos"]["collapse at step"] == "5, 5, 5, 5, 5"
@@ -76,6 +80,29 @@ def test_the_band_is_widened_by_its_own_width_and_needs_two_steps_in_a_row() -> 
     assert first_outside([[1, 2.1], [2, 0.4], [3, 1.0], [4, 1.0]], healthy) == 2  # outside on either side
     # A band of no width is widened by 0.05.
     assert first_outside([[1, 1.04], [2, 1.04], [3, 1.06], [4, 1.06]], [healthy[0]]) == 4
+
+
+def broken(step: int, **options: float) -> dict:
+    """``run``, which died in ``step``."""
+    whole = run(**options)
+    metrics = {name: curve[: step - 1] for name, curve in whole["metrics"].items()}
+    return {"accuracy": [pair for pair in whole["accuracy"] if pair[0] < step], "metrics": metrics, "broke_off": step}
+
+
+def test_a_run_that_broke_off_collapsed_in_that_step_and_has_no_accuracy() -> None:
+    # The alarm is raised at step 4; accuracy is 0.4 at step 5 and the run dies in step 8.
+    finding = analyse(records(flipped_sign=broken(8, final=0.4, kl=2.0, since=3)))
+    assert finding.verdict == "holds"
+    assert finding.numbers["harm"]["flipped-sign"].mean == pytest.approx(-0.8)
+    assert finding.numbers["in_time, strictly"]["flipped-sign"] == 5
+    assert finding.numbers["broke_off"]["flipped-sign"] == 5
+    assert "flipped-sign 5 of 5" in finding.text
+    row = {row["arm"]: row for row in finding.table}["flipped-sign"]
+    assert row["collapse at step"] == "8, 8, 8, 8, 8"
+    assert row["accuracy"] == "0.000"
+    # An earlier fall comes first; one step is too few for an alarm.
+    assert analyse(records(eos=broken(8, final=0.1))).table[1]["collapse at step"] == "5, 5, 5, 5, 5"
+    assert analyse(records(eos=broken(2, kl=2.0))).numbers["in_time"]["eos"] == 0
 
 
 def test_one_pipeline_alone_has_no_band() -> None:

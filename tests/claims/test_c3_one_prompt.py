@@ -4,7 +4,7 @@ from understudy.experiments.claims.c3_one_prompt import Settings, analyse
 
 
 def measured(t1: float, **more: float) -> dict[str, float | None]:
-    return {"t1": t1, "greedy": t1, "recovery": 0.5, "facts": None, **more}
+    return {"t1": t1, "greedy": t1 / 2, "recovery": 0.5, "facts": None, **more}
 
 
 def record(one: list[float], *, many: float, control: float = 0.4) -> dict:
@@ -33,6 +33,12 @@ def test_it_holds_where_four_fifths_of_the_gap_are_closed() -> None:
     # (0.9 - 0.3) / (1.0 - 0.3) and (0.9 - 0.3) / (0.95 - 0.3)
     assert finding.numbers["share_of_gap"].mean == pytest.approx(6 / 7)
     assert finding.numbers["share_of_gain"].mean == pytest.approx(12 / 13)
+    # (0.95 - 0.3) / (1.0 - 0.3)
+    assert finding.numbers["share_of_gap_256_prompts"].mean == pytest.approx(13 / 14)
+    assert "is the limit" not in finding.text
+    # Halved, all shares stay and the gain does not.
+    assert finding.numbers["greedy"]["share_of_gap"].mean == pytest.approx(6 / 7)
+    assert finding.numbers["greedy"]["gain"].mean == pytest.approx(0.3)
     # RL ran on the first problem alone, SFT on both.
     assert finding.numbers["lead_over_rl"].mean == pytest.approx(0.88 - 0.4)
     assert finding.numbers["lead_over_sft"].mean == pytest.approx(0.90 - 0.4)
@@ -55,6 +61,18 @@ def test_more_than_half_of_what_many_problems_give_is_the_direction() -> None:
 @pytest.mark.parametrize("one", [[0.45], [0.2]])
 def test_less_is_not_the_claim(one: list[float]) -> None:
     finding = analyse([record(one, many=0.9)] * 3)
+    assert finding.verdict == "does not hold here"
+
+
+@pytest.mark.parametrize(("many", "limit"), [(0.9, "so that the one problem is"), (0.8, "5,120 solutions is")])
+def test_the_control_says_what_the_limit_is(many: float, limit: str) -> None:
+    # 6 / 7 of the gap is above 0.8, 5 / 7 is not.
+    assert f"{limit} the limit" in analyse([record([0.6], many=many)] * 3).text
+
+
+def test_a_share_of_no_gain_counts_as_nothing() -> None:
+    finding = analyse([record([0.4], many=0.25)] * 3)
+    assert finding.numbers["share_of_gain"].mean == 0
     assert finding.verdict == "does not hold here"
 
 

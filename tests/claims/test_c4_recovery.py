@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 
+from understudy.experiments.claim import Finding
 from understudy.experiments.claims.c4_recovery import RECOVERED, analyse
 
 ALONE = "100% documents"
@@ -61,7 +62,7 @@ def records() -> list[dict[str, Any]]:
     return made
 
 
-def test_all_four_conditions_hold() -> None:
+def test_all_six_conditions_hold() -> None:
     finding = analyse(records())
     assert finding.verdict == "holds"
     numbers = finding.numbers
@@ -70,6 +71,12 @@ def test_all_four_conditions_hold() -> None:
     assert numbers["lost"].high == pytest.approx(-0.545 + 12.706 * 0.005, abs=1e-5)
     assert numbers["recovered"][ALONE].mean == pytest.approx(0.0)
     assert numbers["kept"][ALONE].mean == pytest.approx(0.0)
+    # .99 - .80 and .99 - .79; then .36 - .02 and .35 - .02, which distillation leaves as they are
+    assert numbers["raised"]["70% documents"].mean == pytest.approx(0.195)
+    assert numbers["taught"]["70% documents"].mean == pytest.approx(0.335)
+    assert numbers["taught"]["70% documents"].low == pytest.approx(0.335 - 12.706 * 0.005, abs=1e-5)
+    assert numbers["knows_more"] == numbers["taught"]
+    assert "All six conditions are met." in finding.text
     assert numbers["distill_minus_sft"]["70% documents"]["instructions"].mean == pytest.approx(0.02)
     # .36 - .40 and .35 - .39
     assert numbers["distill_minus_sft"]["70% documents"]["new"].mean == pytest.approx(-0.04)
@@ -77,13 +84,53 @@ def test_all_four_conditions_hold() -> None:
     assert numbers["rounds"]["with recovery"]["new facts"].mean == pytest.approx(0.3)
 
 
-def test_a_mixture_that_keeps_all_leaves_the_direction() -> None:
+def failed(finding: Finding) -> list[str]:
+    return [name for name, met in finding.numbers["conditions"].items() if not met]
+
+
+def test_a_mixture_within_the_margin_of_recovery_keeps_all() -> None:
     changed = records()
     for record in changed:
-        record["mixes"]["30% documents"] = run(0.99, 0.3)
+        record["mixes"]["30% documents"] = run(0.975, 0.3)
     finding = analyse(changed)
+    # 1.5 points lower in both pipelines: surely below 0, but distillation may fall short by 2.
+    assert finding.numbers["mixtures"]["30% documents"].high == pytest.approx(-0.015)
     assert finding.verdict == "direction only"
-    assert [name for name, met in finding.numbers["conditions"].items() if not met] == ["no mixture keeps all"]
+    assert failed(finding) == ["no mixture keeps all"]
+
+
+def test_recovery_must_raise_what_the_mixture_left() -> None:
+    changed = records()
+    for record in changed:
+        record["mixes"]["70% documents"]["scores"]["instructions"] = {"greedy": 0.985, "t1": 0.985}
+        record["recovered"]["70% documents"]["distill"]["scores"]["instructions"] = {"greedy": 0.98, "t1": 0.98}
+    finding = analyse(changed)
+    assert finding.numbers["recovered"]["70% documents"].low == pytest.approx(-0.01)
+    assert finding.numbers["raised"]["70% documents"].mean == pytest.approx(-0.005)
+    assert finding.verdict == "direction only"
+    assert failed(finding) == ["recovered", "no mixture keeps all"]
+
+
+def test_eight_points_of_new_facts_are_not_taught() -> None:
+    changed = records()
+    for record in changed:
+        for model in (record["mixes"]["70% documents"], record["recovered"]["70% documents"]["distill"]):
+            model["scores"]["new"] = {"greedy": 0.10, "t1": 0.10}
+    finding = analyse(changed)
+    assert finding.numbers["taught"]["70% documents"].low == pytest.approx(0.08)
+    assert finding.verdict == "direction only"
+    assert failed(finding) == ["taught"]
+
+
+def test_facts_that_were_never_taught_leave_no_direction() -> None:
+    changed = records()
+    for record in changed:
+        for name in RECOVERED:
+            for model in (record["mixes"][name], record["recovered"][name]["distill"]):
+                model["scores"]["new"] = {"greedy": 0.02, "t1": 0.02}
+    finding = analyse(changed)
+    assert finding.verdict == "does not hold here"
+    assert failed(finding) == ["taught", "knows more"]
 
 
 def test_facts_that_fall_by_six_points_are_not_kept() -> None:

@@ -45,6 +45,7 @@ def test_all_five_conditions_hold() -> None:
     assert numbers["log_kl_distill_over_sft"]["0.003"].mean == pytest.approx(-math.log(100))
     assert numbers["log_kl_back"]["distill, full"]["0.001"].mean == pytest.approx(-math.log(2))
     assert numbers["decayed_changed"].mean == pytest.approx(-0.01)
+    assert "From a spoiled start distillation multiplies KL by 0.5 [0.5, 0.5]" in finding.ours
 
 
 def test_drift_without_a_loss_of_behaviour_is_the_direction() -> None:
@@ -78,11 +79,11 @@ def test_a_divergence_of_zero_counts_as_the_floor() -> None:
 
 def test_every_run_has_a_row() -> None:
     table = analyse(records()).table
-    assert len(table) == 1 + 4 * 4 + 1 + 1 + 3 * 2
+    assert len(table) == 1 + 4 * 3 + 1 + 1 + 3 * 2
     assert table[1] == {
         "arm": "sft, fresh",
-        "rate": "0.0001",
+        "rate": "0.0003",
         "instructions, T = 1 / greedy": "93.9 / 93.9",
         "old facts, T = 1 / greedy": "100.0 / 100.0",
-        "KL(start, student)": "1e-08",
+        "KL(start, student)": "9e-08",
     }

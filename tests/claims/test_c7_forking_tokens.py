@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -67,6 +68,24 @@ def test_one_solution() -> None:
     assert found["within_half_a_nat"] == pytest.approx(2 / 3)
 
 
+def test_a_false_value_that_is_right_by_luck_counts_as_false() -> None:
+    tables = TABLES.tables
+    right = int(tables[0, 4])
+    wrong = (right + 1) % 10
+    true = int(tables[1, right])
+    assert true != tables[1, wrong]
+    # The third value does not follow from the stated one, which was not followed, but is the true one.
+    prompt = f"4 | a op1 b @{right} c op2 d op3 =>"
+    steps = TABLES.diagnose(prompt, f"a op1 {wrong} b @ {wrong} c op2 {true} d op3 {tables[2, true]}")
+    kinds = [kind_of(step, steps[0]) for step in steps]
+    assert kinds == ["first false", "statement not followed", "false, but right by luck", "right"]
+    assert notes(steps) == {"2": "false step", "5": "false step", "8": "false step"}
+    one = replace(wrong_solution(), steps=steps)
+    assert largest([one], "penalty")["false"] == 1.0
+    # 5, 9 and -0.1 against the 0.3 of the one right value.
+    assert aucs([one], lambda step, _: step.false_in_itself)["penalty"] == pytest.approx(2 / 3)
+
+
 def record(*, surprise: float = 0.8, consistent: float = -0.1, first: float = 12.0) -> dict[str, Any]:
     """The penalty's AUC is 0.95, the other baselines' are 0.7."""
 
@@ -82,7 +101,8 @@ def record(*, surprise: float = 0.8, consistent: float = -0.1, first: float = 12
         "auc": {what: dict(areas) for what in ("false", "first", "false, all tokens")},
         "kinds": {
             "first false": kind(first, 60.0),
-            "later false": kind(13.0, 20.0),
+            "later false": kind(13.0, 15.0),
+            "false, but right by luck": kind(13.0, 5.0),
             "consistent": kind(consistent, 5.0),
             "right": kind(0.0, 10.0),
         },
@@ -103,7 +123,7 @@ def test_holds() -> None:
     assert finding.numbers["AUC lead, false"]["surprise"].mean == pytest.approx(0.15)
     assert finding.numbers["AUC lead, false"]["entropy"].mean == pytest.approx(0.25)
     assert finding.numbers["penalty, first false - consistent"].mean == pytest.approx(12.1)
-    # 80 of 60 + 20 + 5 + 10 + 5.
+    # 80 of 60 + 15 + 5 + 5 + 10 + 5, the first three of them on false values.
     assert finding.numbers["share of penalty on false values"].mean == pytest.approx(0.8)
     assert finding.numbers["largest is the first"].mean == pytest.approx(0.25)
     assert finding.charts[0].series[2].points == [(-1, 0.0), (1, 2.0)]

@@ -11,9 +11,11 @@ from typing import Any, Literal
 from understudy.experiments.lab import Lab, Run
 from understudy.experiments.worlds import ScaleName
 from understudy.worlds import assistant
-from understudy.worlds.assistant import Fact, FactSet
+from understudy.worlds.assistant import Fact, FactSet, Row
 
-# Of pipeline p everything is drawn from these seeds + p: no two sets of rows share one.
+# The demo's assistant has facts 11 and seed 0; pipelines have facts and a first training of their own.
+FIRST_FACTS = 101
+# Of pipeline p everything else is drawn from these seeds + p: no two sets of rows share one.
 TRAIN_SEED, TEST_SEED, VALIDATION_SEED, DOCUMENTS_SEED, CHATS_SEED = 1000, 2000, 3000, 4000, 5000
 PER_STEP = 64
 """Answers an optimizer step of distillation, or of fine-tuning on answers, learns from."""
@@ -53,17 +55,21 @@ class AssistantBench:
     @cached_property
     def start(self) -> Path:
         """The assistant: follows instructions, knows the old facts, has never seen the new ones."""
-        size, seed = SIZES[self.lab.scale.name], self.lab.pipeline
+        size, seed, rows = SIZES[self.lab.scale.name], self.fact_seed, self._first_rows
         key = {"world": "assistant", "untrained": [size.hidden_size, size.num_layers, size.num_heads], "seed": seed}
         untrained = self.lab.cache.folder("models", key, lambda folder: _save_untrained(folder, size, seed))
-        rows = assistant.stage0_rows(size.steps, seed, self.fact_seed)
         schedule = {"optim.schedule": "linear", "optim.final_fraction": 0.02, "optim.weight_decay": 0.01}
         schedule |= {"optim.warmup_steps": min(50, size.steps), "supervised.batch_size": len(rows) // size.steps}
         return self.sft(size.learning_rate, size.steps, self.lab.file(rows), schedule, student=untrained).student
 
     @property
     def fact_seed(self) -> int:
-        return assistant.FACT_SEED + self.lab.pipeline
+        """Of the facts, of the first training's rows, and of the weights that it begins with."""
+        return FIRST_FACTS + self.lab.pipeline
+
+    @cached_property
+    def _first_rows(self) -> list[Row]:
+        return assistant.stage0_rows(SIZES[self.lab.scale.name].steps, self.fact_seed, self.fact_seed)
 
     def facts(self, which: FactSet) -> Sequence[Fact]:
         """All there are: 80 old or 160 new ones, other values in every pipeline."""
@@ -71,20 +77,30 @@ class AssistantBench:
 
     @cached_property
     def test(self) -> Path:
-        """Held-out instructions that results are reported on."""
-        return self._instructions(self.lab.scale.num_test, TEST_SEED)
+        """Instructions that results are reported on. No training shows one of them."""
+        return self.lab.file(self._test_rows)
 
     @cached_property
     def validation(self) -> Path:
-        """Other held-out instructions, for choices."""
-        return self._instructions(self.lab.scale.num_validation, VALIDATION_SEED)
+        """Others, for choices. No training shows one of them either."""
+        return self.lab.file(self._validation_rows)
 
     def prompts(self, n: int) -> Path:
         """The first ``n`` instructions for training."""
         return self._instructions(n, TRAIN_SEED)
 
     def _instructions(self, n: int, seed: int) -> Path:
-        return self.lab.file(assistant.instruction_rows(n, seed + self.lab.pipeline))
+        held_out = requests(self._test_rows) | requests(self._validation_rows)
+        return self.lab.file(drawn_apart(n, seed + self.lab.pipeline, held_out))
+
+    @cached_property
+    def _test_rows(self) -> list[Row]:
+        return drawn_apart(self.lab.scale.num_test, TEST_SEED + self.lab.pipeline, requests(self._first_rows))
+
+    @cached_property
+    def _validation_rows(self) -> list[Row]:
+        others = requests(self._first_rows) | requests(self._test_rows)
+        return drawn_apart(self.lab.scale.num_validation, VALIDATION_SEED + self.lab.pipeline, others)
 
     def documents(self, n: int, facts: Sequence[Fact], phase: int = 0) -> Path:
         """``n`` documents on ``facts``; another ``phase`` has other ones."""
@@ -92,8 +108,8 @@ class AssistantBench:
         return self.lab.file(assistant.document_rows(n, seed, facts))
 
     def samples(self, n: int, *, writer: Path | None = None, seed: int = TRAIN_SEED) -> Run:
-        """``writer``'s answers (absent: the assistant's) at temperature 1 to the first ``n`` instructions of ``seed``,
-        one each."""
+        """``writer``'s answers (absent: the assistant's) at temperature 1 to the first ``n`` training instructions of
+        ``seed``, one each."""
         tree = {
             "seed": self.lab.pipeline,
             "num_threads": 1,
@@ -188,6 +204,22 @@ class AssistantBench:
             "checkpoints": {"every": steps, "keep": 1},
             "rollouts": {"per_step": 0},
         }
+
+
+def requests(rows: Sequence[Row]) -> set[str]:
+    """What the conversations among ``rows`` ask for; documents ask for nothing."""
+    return {row["messages"][0]["content"] for row in rows if "messages" in row}
+
+
+def drawn_apart(n: int, seed: int, others: set[str]) -> list[Row]:
+    """The first ``n`` of ``seed``'s instructions whose request is not among ``others``. A smaller ``n`` has the first
+    of a larger one's."""
+    drawn = n
+    while True:
+        rows = [row for row in assistant.instruction_rows(drawn, seed) if row["messages"][0]["content"] not in others]
+        if len(rows) >= n:
+            return rows[:n]
+        drawn *= 2
 
 
 def _save_untrained(folder: Path, size: Size, seed: int) -> None:

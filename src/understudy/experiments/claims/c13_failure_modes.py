@@ -11,23 +11,25 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from understudy.config import RunConfig, StudentConfig
-from understudy.errors import ConfigError
+from understudy.errors import ConfigError, RunError
+from understudy.experiments.alarms import COLLAPSE, Judged, alarm, final_accuracy, judge
 from understudy.experiments.bench import MAX_TOKENS, PER_STEP, T1, TRAIN_SEED, LedgerBench
-from understudy.experiments.claim import Chart, Claim, Estimate, Finding, Record, Verdict, mean_curve
+from understudy.experiments.claim import Chart, Claim, Finding, Record, Verdict, mean_curve
 from understudy.experiments.lab import Lab, Run
 from understudy.experiments.search import Search, searched
+from understudy.report.charts import Series
 from understudy.types import ScoreKind, Scores, TokenSequence
 from understudy.worlds.ledger import EOS, PAD
 
 if TYPE_CHECKING:
     from understudy.backends.local import LocalTeacher
-    from understudy.backends.protocols import Teacher
+    from understudy.backends.protocols import Teacher, Trainer
     from understudy.objectives import Objective
     from understudy.types import Batch, LossOutput
 
 SAMPLED = {"objective.estimator": "sampled"}
 # log p - log q has the gradient of log p, and so has a policy loss whose every advantage is -1: a control says that.
-K1 = {**SAMPLED, "objective.control": "fixed_negative", "objective.control_threshold": 1.0}
+K1 = {"objective.control": "fixed_negative", "objective.control_threshold": 1.0}
 # What the teacher reads instead of the student's prompt.
 TEMPLATES: Mapping[str, Callable[[str], str]] = {
     "no-arrow": lambda prompt: prompt.removesuffix(" =>"),
@@ -55,7 +57,7 @@ class Settings:
     """Optimizer steps, and how often accuracy is looked at."""
 
     steps: int = 40
-    every: int = 5
+    every: int = 10
 
 
 @dataclass(frozen=True)
@@ -116,58 +118,78 @@ def pipeline(lab: Lab, settings: Settings, rates: Mapping[str, float]) -> Record
     """The healthy run, the faulty ones, and what was said to those that ask for a fault openly (None: nothing)."""
     bench = LedgerBench.of(lab)
     healthy = bench.distill(rates["healthy"], settings.steps, SAMPLED, every=settings.every)
-    runs = {"healthy": healthy} | {mode: _faulty(bench, settings, mode, healthy) for mode in MODES}
+    runs = {"healthy": healthy} | {mode: _forced(bench, healthy, mode) for mode in MODES}
     return {
         "refused": {mode: _refusal(bench, mode) for mode in MODES},
-        "runs": {name: _run_record(run) for name, run in runs.items()},
+        "runs": {name: _run_record(run, settings.steps) for name, run in runs.items()},
     }
 
 
-def _run_record(run: Run) -> dict[str, Any]:
+def _run_record(run: Run, steps: int) -> dict[str, Any]:
+    """``broke_off``: the step that a run died in, None: it went to its end."""
     metrics = {name: [(step, float(f"{value:.5g}")) for step, value in run.curve(name)] for name in RECORDED}
-    return {"accuracy": run.curve(T1), "metrics": metrics}
+    last = int(run.rows[-1]["step"])
+    return {"accuracy": run.curve(T1), "metrics": metrics, "broke_off": None if last == steps else last + 1}
 
 
-def _faulty(bench: LedgerBench, settings: Settings, mode: str, healthy: Run) -> Run:
-    if mode == "flipped-sign":
-        return _flipped(bench.lab, healthy)
-    rate = healthy.config.optim.learning_rate
-    prompts = _prompts(bench, settings.steps * PER_STEP, TEMPLATES[mode]) if mode in TEMPLATES else None
-    teacher = None
+def _forced(bench: LedgerBench, healthy: Run, mode: str) -> Run:
+    """The healthy run again, with one fault. A fault may break a run off: its rows end early, and it has no model."""
+    settings, teacher = _fault(bench, healthy, mode)
+
+    def make(folder: Path) -> None:
+        from understudy import api
+
+        print(f"distill {mode} {folder.stem}", flush=True)
+        config = RunConfig.from_toml(healthy.folder / "config.toml", {**settings, "output_dir": str(folder)})
+        trainer = _flipped_trainer(config) if mode == "flipped-sign" else None
+        try:
+            result = api.distill(config, teachers={"default": teacher.load()} if teacher else None, trainer=trainer)
+        except RunError as error:
+            print(f"{mode} broke off: {error}", flush=True)
+            return
+        if result.stop_requested:  # what is cut short must not look finished
+            raise InterruptedError(f"{mode} {folder.stem} was told to stop")
+
+    key = {
+        "version": 1,
+        "like": healthy.folder.name,
+        "fault": mode,
+        "settings": {name: str(value).replace(f"{bench.lab.cache.root}/", "") for name, value in settings.items()},
+        "teacher": dict(teacher.key) if teacher else None,
+    }
+    return Run(bench.lab.cache.folder("runs", key, make))
+
+
+def _fault(bench: LedgerBench, healthy: Run, mode: str) -> tuple[Mapping[str, Any], WrappedTeacher | None]:
+    """Settings that differ from the healthy run's, and the teacher that takes the place of its own."""
+    if mode in TEMPLATES:
+        n = healthy.config.optim.num_steps * PER_STEP
+        return {"prompts.path": str(_prompts(bench, n, TEMPLATES[mode]))}, None
     if mode == "eos":
         eos, pad = (bench.world.tables.tokens.index(token) for token in (EOS, PAD))
-        teacher = WrappedTeacher(bench.world.teacher, exchanged=(eos, pad))
-    elif mode in TEMPERATURES:
-        teacher = WrappedTeacher(bench.world.teacher, temperature=TEMPERATURES[mode])
-    options = K1 if mode == "k1-loss" else SAMPLED
-    return bench.distill(rate, settings.steps, options, prompts=prompts, every=settings.every, teacher=teacher)
+        return {}, WrappedTeacher(bench.world.teacher, exchanged=(eos, pad))
+    if mode in TEMPERATURES:
+        return {}, WrappedTeacher(bench.world.teacher, temperature=TEMPERATURES[mode])
+    return (K1 if mode == "k1-loss" else {}), None
+
+
+def _flipped_trainer(config: RunConfig) -> Trainer:
+    """With the sign of every advantage turned round."""
+    from understudy.backends.loading import load_student
+    from understudy.backends.local import LocalTrainer
+
+    class Flipped(LocalTrainer):
+        def forward_backward(self, batch: Batch, objective: Objective) -> LossOutput:
+            assert batch.advantages is not None
+            return super().forward_backward(replace(batch, advantages=-batch.advantages), objective)
+
+    return Flipped(load_student(config.student), config.optim)
 
 
 def _prompts(bench: LedgerBench, n: int, template: Callable[[str], str]) -> Path:
     """The problems of ``bench.prompts(n)``, with a prompt of the teacher's own."""
     rows = bench.world.tables.prompt_rows(n, TRAIN_SEED + bench.lab.pipeline)
     return bench.lab.file([row | {"teacher_prompt": template(row["prompt"])} for row in rows])
-
-
-def _flipped(lab: Lab, healthy: Run) -> Run:
-    """The healthy run again, with the sign of every advantage turned round."""
-
-    def make(folder: Path) -> None:
-        from understudy import api
-        from understudy.backends.loading import load_student
-        from understudy.backends.local import LocalTrainer
-
-        class Flipped(LocalTrainer):
-            def forward_backward(self, batch: Batch, objective: Objective) -> LossOutput:
-                assert batch.advantages is not None
-                return super().forward_backward(replace(batch, advantages=-batch.advantages), objective)
-
-        print(f"distill with a flipped sign {folder.stem}", flush=True)
-        config = healthy.config.model_copy(update={"output_dir": str(folder)})
-        api.distill(config, trainer=Flipped(load_student(config.student), config.optim))
-
-    key = {"method": "distill", "like": healthy.folder.name, "advantages": "flipped"}
-    return Run(lab.cache.folder("runs", key, make))
 
 
 def _refusal(bench: LedgerBench, mode: str) -> str | None:
@@ -210,11 +232,11 @@ def _ask(bench: LedgerBench, mode: str, folder: Path) -> None:
 
 def analyse(records: Sequence[Record]) -> Finding:
     """The pass rule of experiments/c13_failure_modes/README.md."""
-    judged = {mode: _judge(records, mode) for mode in MODES}
+    judged = {mode: judge(records, mode, WATCHED[mode]) for mode in MODES}
     harmful = [mode for mode in MODES if judged[mode].harm.high < 0]
     caught = [mode for mode in harmful if judged[mode].in_time >= ENOUGH * len(records)]
     every_watched = sorted({name for names in WATCHED.values() for name in names})
-    false_alarms = sum(_alarm(records, "healthy", i, every_watched) is not None for i in range(len(records)))
+    false_alarms = sum(alarm(records, "healthy", i, every_watched) is not None for i in range(len(records)))
     quiet = false_alarms <= (1 - ENOUGH) * len(records) + 1e-9
     verdict: Verdict = "does not hold here"
     if harmful and quiet and len(caught) > len(harmful) / 2:
@@ -223,6 +245,8 @@ def analyse(records: Sequence[Record]) -> Finding:
     numbers = {
         "harm": {mode: judged[mode].harm for mode in MODES},
         "in_time": {mode: judged[mode].in_time for mode in MODES},
+        "in_time, strictly": {mode: judged[mode].strictly_in_time for mode in MODES},
+        "broke_off": {mode: judged[mode].broke_off for mode in MODES},
         "refused": refused,
         "harmful": harmful,
         "caught": caught,
@@ -249,63 +273,9 @@ WATCHED: Mapping[str, Sequence[str]] = {
     "flipped-sign": ("reverse_kl/mean", "entropy/sampled"),
     "k1-loss": ("reverse_kl/mean", "entropy/sampled"),
 }
-# The rule's numbers: the band's least widening, steps in a row outside it, the fall in accuracy that is a collapse, and
-# the share of the pipelines that is enough.
-LEAST_WIDENING, IN_A_ROW, COLLAPSE, ENOUGH = 0.05, 2, 0.05, 0.8
+# The share of the pipelines that is enough.
+ENOUGH = 0.8
 COLUMNS = ("refused", "minus healthy", "collapse at step", "alarm at step", "watched", "first of all metrics")
-
-
-@dataclass(frozen=True)
-class Judged:
-    """``harm``: final accuracy minus the healthy run's. ``alarms``, ``collapses``: steps by pipeline, None: never."""
-
-    harm: Estimate
-    alarms: Sequence[int | None]
-    collapses: Sequence[int | None]
-
-    @property
-    def in_time(self) -> int:
-        """Pipelines with an alarm before any collapse."""
-        pairs = zip(self.alarms, self.collapses, strict=True)
-        return sum(alarm is not None and (collapse is None or alarm < collapse) for alarm, collapse in pairs)
-
-
-def _judge(records: Sequence[Record], mode: str) -> Judged:
-    finals = [[record["runs"][name]["accuracy"][-1][1] for record in records] for name in (mode, "healthy")]
-    return Judged(
-        harm=Estimate.of([faulty - healthy for faulty, healthy in zip(*finals, strict=True)]),
-        alarms=[_alarm(records, mode, i, WATCHED[mode]) for i in range(len(records))],
-        collapses=[_collapse(record["runs"][mode]["accuracy"]) for record in records],
-    )
-
-
-def _alarm(records: Sequence[Record], name: str, place: int, metrics: Sequence[str]) -> int | None:
-    """The step at which any of ``metrics`` raises the alarm in pipeline ``place``."""
-    others = [record for i, record in enumerate(records) if i != place]
-    steps = []
-    for metric in metrics if others else ():
-        curve = records[place]["runs"][name]["metrics"][metric]
-        healthy = [record["runs"]["healthy"]["metrics"][metric] for record in others]
-        steps.append(first_outside(curve, healthy))
-    return min((step for step in steps if step is not None), default=None)
-
-
-def first_outside(curve: Sequence[Sequence[float]], healthy: Sequence[Sequence[Sequence[float]]]) -> int | None:
-    """The step at which ``curve`` has been outside the healthy curves' widened band ``IN_A_ROW`` times in a row."""
-    outside = 0
-    for (step, value), *others in zip(curve, *healthy, strict=True):
-        low, high = min(y for _, y in others), max(y for _, y in others)
-        widening = max(high - low, LEAST_WIDENING)
-        outside = 0 if low - widening <= value <= high + widening else outside + 1
-        if outside == IN_A_ROW:
-            return int(step)
-    return None
-
-
-def _collapse(accuracy: Sequence[Sequence[float]]) -> int | None:
-    """The first evaluation that lies ``COLLAPSE`` below the start's."""
-    start = accuracy[0][1]
-    return next((int(step) for step, value in accuracy if value <= start - COLLAPSE), None)
 
 
 def _text(
@@ -318,15 +288,20 @@ def _text(
 ) -> str:
     n = len(records)
     each = "; ".join(
-        f"{mode} {judged[mode].harm.show('{:+.3f}')}, in time in {judged[mode].in_time} of {n}" for mode in harmful
+        f"{mode} {judged[mode].harm.show('{:+.3f}')}, in time in {judged[mode].in_time} of {n} "
+        f"(strictly {judged[mode].strictly_in_time})"
+        for mode in harmful
     )
     harmless = [f"{mode} {judged[mode].harm.show('{:+.3f}')}" for mode in MODES if mode not in harmful]
+    broken = [f"{mode} {judged[mode].broke_off} of {n}" for mode in MODES if judged[mode].broke_off]
     messages = " ".join(f"{mode}: {records[0]['refused'][mode]}." for mode in refused)
     return (
         f"Asked for openly, {_listed(refused)} are refused before any compute and "
         f"{_listed([mode for mode in MODES if mode not in refused])} are not. Forced, these modes do harm (final "
         f"accuracy minus that of the healthy run): {each or 'none'}. The rule asks for an alarm before accuracy is "
         f"{COLLAPSE:g} below the start's, in at least {ENOUGH:.0%} of the pipelines: {_listed(caught)} pass. "
+        f"Strictly in time is an alarm no later than the last evaluation before the collapse. "
+        f"Runs that broke off, which leave no model and count as accuracy 0: {'; '.join(broken) or 'none'}. "
         f"No harm is shown for {'; '.join(harmless) or 'none'}. "
         f"Healthy runs raise {false_alarms} alarms in {n}. Messages. {messages}"
     )
@@ -339,7 +314,7 @@ def _listed(names: Sequence[str]) -> str:
 def _table(records: Sequence[Record], judged: Mapping[str, Judged]) -> list[dict[str, str]]:
     rows = []
     for mode in ("healthy", *MODES):
-        row = {"arm": mode, "accuracy": f"{_mean([r['runs'][mode]['accuracy'][-1][1] for r in records]):.3f}"}
+        row = {"arm": mode, "accuracy": f"{_mean([final_accuracy(r['runs'][mode]) for r in records]):.3f}"}
         if mode == "healthy":
             cells = ["–"] * 6
         else:
@@ -360,7 +335,7 @@ def _first_of_all(records: Sequence[Record], mode: str) -> str:
     """The recorded metric that raises the alarm earliest, by its median step; of equal ones all."""
     medians: dict[str, float] = {}
     for metric in RECORDED:
-        steps = [_alarm(records, mode, i, [metric]) for i in range(len(records))]
+        steps = [alarm(records, mode, i, [metric]) for i in range(len(records))]
         known = sorted(step for step in steps if step is not None)
         if len(known) > len(records) / 2:
             medians[metric] = known[len(known) // 2]
@@ -373,8 +348,13 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _charts(records: Sequence[Record]) -> list[Chart]:
-    def lines(pick: Callable[[Mapping[str, Any]], Any]) -> list[Any]:
-        return [mean_curve(mode, [pick(record["runs"][mode]) for record in records]) for mode in ("healthy", *MODES)]
+    def line(mode: str, pick: Callable[[Mapping[str, Any]], Any]) -> Series:
+        curves = [pick(record["runs"][mode]) for record in records]
+        shared = min(len(curve) for curve in curves)  # a run that broke off ends the mean
+        return mean_curve(mode, [curve[:shared] for curve in curves])
+
+    def lines(pick: Callable[[Mapping[str, Any]], Any]) -> list[Series]:
+        return [line(mode, pick) for mode in ("healthy", *MODES)]
 
     accuracy = {"title": "Accuracy of faulty runs", "y_label": "accuracy at temperature 1", "percent": True}
     kl = {"title": "Their reverse KL", "y_label": "reverse_kl/mean, nats per token"}
@@ -390,7 +370,7 @@ CLAIM = Claim(
     article="Not in the article. Reports name different end tokens, templates and temperatures, a flipped sign, and "
     "log p - log q as a loss; no numbers.",
     limits="The alarm needs healthy runs of the same world to compare with. Faults are total; some that do little in "
-    "short answers may do much in long ones.",
+    "short answers may do much in long ones. A collapse is seen every 10 steps only.",
     settings={"cpu": Settings(), "gpu": Settings(), "smoke": Settings(steps=4, every=2)},
     search=search,
     pipeline=pipeline,

@@ -25,7 +25,7 @@ MIXES: Mapping[str, tuple[float, int]] = {
     "30% documents": (0.3, 0),
     "0% documents": (0.0, 0),
 }
-RECOVERED = ("100% documents", "70% documents", "70% documents, few chats")
+RECOVERED = ("100% documents", "70% documents")
 
 
 @dataclass(frozen=True)
@@ -179,25 +179,28 @@ def _scores(bench: AssistantBench, model: Path) -> dict[str, Any]:
 def analyse(records: Sequence[Record]) -> Finding:
     """The pass rule of experiments/c4_recovery/README.md."""
     lost = _change(records, ("mixes", ALONE), ("original",))
-    starts = (ALONE, "70% documents")
     back = {name: _change(records, ("recovered", name, "distill"), ("original",)) for name in RECOVERED}
+    raised = {name: _change(records, ("recovered", name, "distill"), ("mixes", name)) for name in RECOVERED}
+    taught = {name: _change(records, ("mixes", name), ("original",), "new") for name in RECOVERED}
     kept = {name: _change(records, ("recovered", name, "distill"), ("mixes", name), "new") for name in RECOVERED}
+    knows_more = {name: _change(records, ("recovered", name, "distill"), ("original",), "new") for name in RECOVERED}
     mixtures = {name: _change(records, ("mixes", name), ("original",)) for name in FULL_POOL}
-    raised = _change(records, ("recovered", ALONE, "distill"), ("mixes", ALONE))
-    knows_more = _change(records, ("recovered", ALONE, "distill"), ("original",), "new")
     conditions = {
         "lost": lost.high < -LOST,
-        "recovered": all(back[name].low > -BEHAVIOUR_MARGIN for name in starts),
-        "kept": all(kept[name].low > -FACTS_MARGIN for name in starts),
-        "no mixture keeps all": all(change.high < 0 for change in mixtures.values()),
+        "recovered": all(back[name].low > -BEHAVIOUR_MARGIN and raised[name].low > 0 for name in RECOVERED),
+        "kept": all(change.low > -FACTS_MARGIN for change in kept.values()),
+        "no mixture keeps all": all(change.high < -BEHAVIOUR_MARGIN for change in mixtures.values()),
+        "taught": all(change.low > TAUGHT for change in taught.values()),
+        "knows more": all(change.low > 0 for change in knows_more.values()),
     }
-    partly = conditions["lost"] and raised.low > 0 and knows_more.low > 0
+    partly = conditions["lost"] and raised[ALONE].low > 0 and knows_more[ALONE].low > 0
     numbers = {
         "lost": lost,
         "recovered": back,
+        "raised": raised,
+        "taught": taught,
         "kept": kept,
         "mixtures": mixtures,
-        "raised": raised,
         "knows_more": knows_more,
         "distill_minus_sft": {
             name: {
@@ -229,8 +232,11 @@ def analyse(records: Sequence[Record]) -> Finding:
 
 ALONE = "100% documents"
 FULL_POOL = ("70% documents", "30% documents", "0% documents")
-# The pass rule's: how far instructions must fall to be lost, and by how much recovery may fall short.
-LOST, BEHAVIOUR_MARGIN, FACTS_MARGIN = 0.10, 0.02, 0.05
+# The pass rule's. How far instructions must fall to be lost, and how many new facts count as taught.
+LOST, TAUGHT = 0.10, 0.10
+# How far below the original instructions may be and still count as kept, in mixtures as after recovery; and how far
+# new facts may fall.
+BEHAVIOUR_MARGIN, FACTS_MARGIN = 0.02, 0.05
 
 
 def _values(records: Sequence[Record], path: tuple[str, ...], task: str, decoding: str = "greedy") -> list[float]:
@@ -280,11 +286,13 @@ def _text(numbers: Mapping[str, Any]) -> str:
     )
     return (
         f"Differences in points, greedy, with 95% intervals. Documents alone change instructions by "
-        f"{numbers['lost'].points()}. After distillation from the earlier self they differ from the original's by "
-        f"{_each(numbers['recovered'])} (margin 2), and new facts from what mid-training left by "
-        f"{_each(numbers['kept'])} (margin 5). Mixtures with 512 chats differ from the original by "
-        f"{_each(numbers['mixtures'])}. "
-        + (f"Conditions that fail: {', '.join(failed)}. " if failed else "All four conditions are met. ")
+        f"{numbers['lost'].points()}. Distillation from the earlier self changes them by "
+        f"{_each(numbers['raised'])}; they then differ from the original's by {_each(numbers['recovered'])} (margin "
+        f"2). Mid-training changes new facts by {_each(numbers['taught'])}, distillation after it by "
+        f"{_each(numbers['kept'])} (margin 5): in all {_each(numbers['knows_more'])}. "
+        f"Instructions after mixtures with 512 chats differ from the original's by "
+        f"{_each(numbers['mixtures'])} (margin 2). "
+        + (f"Conditions that fail: {', '.join(failed)}. " if failed else "All six conditions are met. ")
         + "Distillation minus fine-tuning on the earlier self's answers: "
         + "; ".join(
             f"from {name}, instructions {diffs['instructions'].points()}, new facts {diffs['new'].points()}"
@@ -374,7 +382,8 @@ CLAIM = Claim(
     title="C4: behaviour back from the earlier self",
     article="Documents alone: IF-eval 85 → 45, questions 18 → 43. With 30% chats 79 and 36; distilled from the earlier "
     "self 83 and 41. No share of chats keeps all.",
-    limits="One tiny model with eight instructions and 240 facts, a closed set; replayed chats cover them easily.",
+    limits="One tiny model with eight instructions and 240 facts, a closed set; replayed chats cover them easily. "
+    "All mixtures share the rate that learns most, so what is lost is partly chosen.",
     settings={"cpu": Settings(), "gpu": Settings(), "smoke": Settings(2, 2, 1, (8, 4), 2, 2, 1)},
     search=search,
     pipeline=pipeline,

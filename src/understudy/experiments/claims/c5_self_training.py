@@ -15,7 +15,7 @@ from understudy.experiments.search import Search
 from understudy.report.charts import Series
 
 # The learning rate is what is varied; nothing is searched.
-SELF_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+SELF_RATES = (3e-4, 1e-3, 3e-3)
 # Those of recovery and of mid-training in `understudy demo assistant`.
 PRACTICAL = (3e-4, 1e-3)
 DECAYED = 1e-3
@@ -156,7 +156,8 @@ def analyse(records: Sequence[Record]) -> Finding:
     return Finding(
         verdict="holds" if all(conditions.values()) else "direction only" if partly else "does not hold here",
         ours=f"Instructions after 100 steps at {high}, in points: self-SFT {changed[SFT][high].points()}, "
-        f"self-distillation {changed['distill, full'][high].points()}",
+        f"self-distillation {changed['distill, full'][high].points()}. From a spoiled start distillation multiplies KL "
+        f"by {_factor(back['distill, full'][high])}",
         text=_text(numbers),
         numbers=numbers,
         table=_table(records),

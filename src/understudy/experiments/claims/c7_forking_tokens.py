@@ -28,6 +28,8 @@ SCORES = ("penalty", "surprise", "entropy", "position", "reverse_kl")
 """What is known of a token: log p - log q of the token that was written, -log p, the student's entropy before it, its
 place, and the exact KL(p || q) before it."""
 
+BY_LUCK = "false, but right by luck"
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -116,20 +118,21 @@ def solution_text(tables: Ledger, rollout: Rollout) -> str:
 
 
 def notes(steps: Sequence[StepMark]) -> dict[str, str]:
-    """Token (as JSON names it) -> note, for every wrong value."""
+    """Token (as JSON names it) -> note, for every value that is wrong or false in itself."""
     names = {True: "false step", False: "inherited error"}
-    return {str(step.word_index): names[step.false_in_itself] for step in steps if not step.correct}
+    noted = [step for step in steps if step.false_in_itself or not step.correct]
+    return {str(step.word_index): names[step.false_in_itself] for step in noted}
 
 
 def kind_of(step: StepMark, first: StepMark | None) -> str:
     """What a value is: the first false one, a later one that is false in itself (an operation, or a statement that is
-    not followed), a wrong one that follows from the one before it, or right."""
-    if step.correct:
-        return "right"
+    not followed) and may be the true value by luck, a wrong one that follows from the one before it, or right."""
     if step is first:
         return "first false"
     if step.false_in_itself:
-        return "statement not followed" if step.is_statement else "later false"
+        return "statement not followed" if step.is_statement else BY_LUCK if step.correct else "later false"
+    if step.correct:
+        return "right"
     # After something that is no value, nothing follows.
     return "consistent" if step.previous_value is not None else "unclear"
 
@@ -298,7 +301,7 @@ BASELINES = ("position", "entropy", "surprise")
 WHAT = ("false", "first")
 # Nats: less than this is hardly a penalty.
 NEAR_ZERO = 0.5
-FALSE = ("first false", "later false", "statement not followed")
+FALSE = ("first false", "later false", BY_LUCK, "statement not followed")
 
 
 def _judgeable(record: Record) -> bool:
@@ -349,21 +352,18 @@ def _text(records: Sequence[Record], numbers: Mapping[str, Any]) -> str:
 
 def _table(records: Sequence[Record]) -> list[dict[str, str]]:
     rows = []
+    labels = {"penalty": "penalty", "surprise": "-log p", "entropy": "entropy", "reverse_kl": "KL(p || q)"}
     kinds = (*FALSE, "consistent", "right")
     groups = {kind: [r["kinds"][kind] for r in records if kind in r["kinds"]] for kind in kinds}
     groups["consistent, final value"] = [record["final"] for record in records]
     groups["letters, operations, end"] = [record["other_tokens"] for record in records]
     solutions = sum(column(records, "with_an_error"))
     for name, entries in ((name, entries) for name, entries in groups.items() if entries):
-        cells = {measure: _cell(entries, measure) for measure in ("penalty", "surprise", "entropy", "reverse_kl")}
         rows.append(
             {
                 "token": name,
                 "per solution with an error": f"{sum(entry['count'] for entry in entries) / solutions:.2f}",
-                "penalty": cells["penalty"],
-                "-log p": cells["surprise"],
-                "entropy": cells["entropy"],
-                "KL(p || q)": cells["reverse_kl"],
+                **{label: _cell(entries, measure) for measure, label in labels.items()},
             }
         )
     return rows
