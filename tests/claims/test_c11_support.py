@@ -1,7 +1,8 @@
 import pytest
 
 from understudy.evaluation import Outcome
-from understudy.experiments.claims.c11_support import ARMS, analyse, operation_shares
+from understudy.experiments.claims.c11_support import ARMS, LADDER, analyse, neighbours, operation_shares
+from understudy.experiments.search import searched
 from understudy.worlds.ledger import Ledger
 
 
@@ -58,6 +59,24 @@ def test_lagging_alone_is_the_direction(change: dict[str, float]) -> None:
 def test_it_does_not_hold_where_sft_does_not_lead_or_distillation_teaches_nothing(change: dict[str, float]) -> None:
     finding = analyse([record(**change)] * 3)
     assert finding.verdict == "does not hold here"
+
+
+def test_nothing_is_judged_where_sft_learns_no_unseen_operation() -> None:
+    """SFT stays at the start's 0.1 and leads by 0.08 all the same."""
+    finding = analyse([record(distill=0.02, sft=0.1)] * 3)
+    assert finding.numbers["sft - start, unseen"].mean == 0
+    assert finding.numbers["sft - distill, unseen"].low == pytest.approx(0.08)
+    assert finding.verdict == "does not hold here"
+    assert finding.text.startswith("Not judged:")
+    assert not analyse([record()] * 3).text.startswith("Not judged:")
+
+
+def test_every_rate_that_a_search_can_choose_has_neighbours() -> None:
+    assert neighbours(1e-3) == (3e-4, 1e-3, 3e-3)
+    for best in (0.0, 1.0):  # the search goes as far down, or up, as it can
+        far = searched(lambda rate, best=best: -abs(rate - best)).chosen
+        assert len(neighbours(far)) == 3
+        assert far in (LADDER[1], LADDER[-2])
 
 
 def test_a_share_of_nothing_counts_as_nothing_learned() -> None:

@@ -67,6 +67,13 @@ def test_direction_only_with_a_bias_or_a_useless_baseline() -> None:
     assert analyse([record(baseline=17.0)] * 2).verdict == "direction only"
 
 
+def test_direction_only_if_a_gain_of_a_discount_is_not_ruled_out() -> None:
+    # Differences -0.01 and 0.02: 0.005 with an interval far above 0.03.
+    finding = analyse([record(discount=0.59), record(discount=0.62)])
+    assert finding.numbers["accuracy - sampled"]["discount 1"].high == pytest.approx(0.005 + 12.706 * 0.015, abs=1e-4)
+    assert finding.verdict == "direction only"
+
+
 def test_does_not_hold_if_sampled_is_as_quiet_or_a_discount_helps() -> None:
     assert analyse([record(noise=2.0)] * 2).verdict == "does not hold here"
     assert analyse([record(discount=0.65)] * 2).verdict == "does not hold here"

@@ -63,6 +63,18 @@ def test_a_run_that_never_reaches_the_level_counts_as_one() -> None:
     assert row["steps to the level"] == "12; not in 40 steps in 2 of 5"
 
 
+def test_a_run_that_never_reaches_the_level_counts_with_its_whole_cost_if_rl_is_cheaper() -> None:
+    # RL is at 0.76 after 10 of its 160 steps: 100 of 1600 FLOPs. The arm's whole run: 40 steps, 500 FLOPs.
+    quick = record(50)
+    quick["arms"]["rl"]["accuracy"] = [[0, 0.2], [10, 0.76], [160, 0.8]]
+    finding = analyse([quick] * 2)
+    assert finding.numbers["steps: rl / distill"].mean == pytest.approx(10 / 40)
+    assert finding.numbers["flops: rl / distill"].mean == pytest.approx(100 / 500)
+    assert finding.numbers["flops: rl / (rl and distill)"].mean == pytest.approx(100 / 2100)
+    # SFT does reach it, at 20.
+    assert finding.numbers["steps: rl / sft"].mean == pytest.approx(10 / 20)
+
+
 def test_does_not_hold_if_a_control_does_as_well() -> None:
     assert analyse([record(12, control=0.6), record(13, control=0.6)]).verdict == "does not hold here"
 

@@ -54,7 +54,7 @@ def _analyse(records):
 
 CLAIM = Claim(
     "c2_dense_signal",
-    "C2: a stand-in",
+    "A stand-in",
     "It gains.",
     "None.",
     {"cpu": Settings(), "gpu": Settings(2.0), "smoke": Settings(0.5)},

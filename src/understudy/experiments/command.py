@@ -42,6 +42,6 @@ def run(wanted: str, *, pipelines: int, scale: ScaleName, output: Path, cache: P
 
 def _say(name: str, finding: Finding, output: Path) -> None:
     console = Console(highlight=False)
-    console.print(f"{load_claim(name).title}: [bold]{finding.verdict}[/]", soft_wrap=True)
+    console.print(f"{results.full_title(load_claim(name))}: [bold]{finding.verdict}[/]", soft_wrap=True)
     console.print(finding.text, markup=False, soft_wrap=True)
     console.print(f"{output / name / 'report.html'}\n", soft_wrap=True)

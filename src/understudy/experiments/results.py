@@ -109,6 +109,11 @@ def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
+def full_title(claim: Claim) -> str:
+    """ "C2: what it is about"."""
+    return f"{claim.name.partition('_')[0].upper()}: {claim.title[0].lower()}{claim.title[1:]}"
+
+
 def show(output: Path, name: str) -> Finding:
     """Analyse the stored records and write everything that shows them."""
     content = stored(output, name)
@@ -119,14 +124,14 @@ def show(output: Path, name: str) -> Finding:
     write_json(folder / "results.json", {**content, "finding": found})
     for chart in finding.charts:
         write_atomic(folder / f"{chart.name}.svg", _standalone(_svg(chart)))
-    _fill(folder / "README.md", f"# {claim.title}", render(claim, finding, content))
+    _fill(folder / "README.md", f"# {full_title(claim)}", render(claim, finding, content))
     searches = {arm: Search([(rate, score) for rate, score in pairs]) for arm, pairs in content["searches"].items()}
     page.write_page(
         "experiment.html",
         folder / "report.html",
         {
-            "title": claim.title,
-            "verdict": f"{finding.verdict}\n\n{finding.text}",
+            "title": full_title(claim),
+            "verdict": f"Verdict: {finding.verdict}.\n\n{finding.text}",
             "article": claim.article,
             "limits": claim.limits,
             "table": page.grid(finding.table),
@@ -183,7 +188,7 @@ def render_table(output: Path) -> str:
         claim, finding = load_claim(name), load_claim(name).analyse(content["records"])
         rows.append(
             {
-                "claim": f"[{claim.title}]({name}/README.md)",
+                "claim": f"[{full_title(claim)}]({name}/README.md)",
                 "the article": claim.article,
                 "here": finding.ours,
                 "verdict": f"**{finding.verdict}**",

@@ -11,13 +11,15 @@ from understudy.evaluation import Outcome
 from understudy.experiments.bench import GREEDY, PER_STEP, T1, LedgerBench
 from understudy.experiments.claim import Chart, Claim, Estimate, Finding, Record, Verdict
 from understudy.experiments.lab import Lab, Run
-from understudy.experiments.search import RATES, Search, searched
+from understudy.experiments.search import Search, searched
 from understudy.report.charts import Series
 from understudy.worlds.ledger import Ledger
 
 # Operations that the start's corpus leaves out: one in ten, frequent and rare.
 UNSEEN = tuple(range(10, 121, 10))
 FULL, SAMPLED = {"objective.estimator": "full"}, {"objective.estimator": "sampled"}
+# All that a search can choose, and one more at either end.
+LADDER = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 # Four solutions of each problem of the step.
 LARGE = {**FULL, "sampling.group_size": 4}
 DISTILL = {"distill": FULL, "distill-sampled": SAMPLED, "distill-4x": LARGE}
@@ -40,19 +42,20 @@ def search(lab: Lab, settings: Settings, arm: str) -> Search:
     """Accuracy at temperature 1 on the validation problems, after all of the arm's steps."""
     bench = _unseen_bench(lab)
     sft_rate = search(lab, settings, "sft").chosen if arm == "sft-distill" else None
-    rates = _neighbours(search(lab, settings, "distill").chosen) if arm == "distill-4x" else RATES
 
     def score(rate: float) -> float:
         run = _train(bench, settings, arm, rate, sft_rate)
         return bench.evaluate(run.student, "validation", (1.0,)).metrics[T1]
 
-    return searched(score, rates)
+    if arm == "distill-4x":
+        return searched(score, neighbours(search(lab, settings, "distill").chosen), extensions=0)
+    return searched(score)
 
 
-def _neighbours(rate: float) -> Sequence[float]:
-    """The rate, the one below and the one above."""
-    place = RATES.index(rate)
-    return RATES[max(0, place - 1) : place + 2]
+def neighbours(rate: float) -> Sequence[float]:
+    """The rate between the one below and the one above it on the ladder 1, 3, 10, ..."""
+    place = LADDER.index(rate)
+    return LADDER[place - 1 : place + 2]
 
 
 def _train(bench: LedgerBench, settings: Settings, arm: str, rate: float, sft_rate: float | None) -> Run:
@@ -148,6 +151,7 @@ def analyse(records: Sequence[Record]) -> Finding:
         "sft - distill, unseen": behind,
         "sft - distill-4x, unseen": Estimate.of_differences(unseen["sft"], unseen["distill-4x"]),
         "sft-distill - distill, unseen": Estimate.of_differences(unseen["sft-distill"], unseen["distill"]),
+        "sft - start, unseen": Estimate.of_differences(unseen["sft"], unseen["start"]),
         "distill - start, unseen": Estimate.of_differences(unseen["distill"], unseen["start"]),
         "distill - start, seen": seen_gain,
         "recovery, ordinary": Estimate.of(ordinary),
@@ -158,7 +162,8 @@ def analyse(records: Sequence[Record]) -> Finding:
     habit_stalls = (
         numbers["recovery, without the habit"].high < NEAR_CHANCE and numbers["recovery, ordinary - without"].low > 0
     )
-    lags = behind.low > 0 and seen_gain.low > 0
+    # Where SFT learns nothing of them, its lead says nothing.
+    lags = behind.low > 0 and seen_gain.low > 0 and numbers["sft - start, unseen"].low > 0
     verdict: Verdict = "does not hold here"
     if lags:
         verdict = "holds" if stalls and habit_stalls else "direction only"
@@ -193,10 +198,13 @@ def _text(
     def met(condition: bool) -> str:
         return "met" if condition else "not met"
 
+    gain = numbers["sft - start, unseen"]
+    unjudged = "Not judged: SFT learns no unseen operation either, so that nothing follows. " if gain.low <= 0 else ""
     before = [_mean(_habit(records, start, "start")) for start in ("ordinary", "without")]
     return (
-        f"Unseen operations, share right: start {numbers['unseen, start'].show()}, distillation "
-        f"{numbers['unseen, distill'].show()}, SFT {numbers['unseen, sft'].show()}. (1) SFT minus distillation "
+        f"{unjudged}Unseen operations, share right: start {numbers['unseen, start'].show()}, distillation "
+        f"{numbers['unseen, distill'].show()}, SFT {numbers['unseen, sft'].show()} (its gain over the start "
+        f"{gain.show('{:+.3f}')}). (1) SFT minus distillation "
         f"{numbers['sft - distill, unseen'].show('{:+.3f}')}, above 0: {met(behind)}. (2) Distillation near chance, "
         f"its interval below {NEAR_CHANCE:g}: {met(stalls)}; its gain over the start is "
         f"{numbers['distill - start, unseen'].show('{:+.3f}')}. (3) At seen operations distillation gains "

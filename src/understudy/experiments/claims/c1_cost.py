@@ -368,7 +368,7 @@ _DOSES = {"corrects 0%": 0.0, MAIN: 15.0, "corrects 30%": 30.0}
 _TINY = Length(4, 1, 2)
 CLAIM = Claim(
     name="c1_cost",
-    title="C1: what a level of accuracy costs",
+    title="What a level of accuracy costs",
     article="SFT is log-linear in samples; on-policy distillation reaches 70% on AIME'24 for 9-30x fewer FLOPs than "
     "extrapolated SFT, and beats RL for a tenth of the GPU hours.",
     limits="A world built so that flawless solutions do not teach recovery; the ratios are this world's, and no "

@@ -121,9 +121,9 @@ TIMES = 7.0
 
 @dataclass(frozen=True)
 class Ratios:
-    """RL's cost divided by an arm's, to the level, as geometric means. A pipeline in which the arm does not reach the
-    level counts as a ratio of 1: RL does reach it, so that nothing is credited to the arm. ``reached``: in how many
-    pipelines the arm did."""
+    """RL's cost divided by an arm's, to the level, as geometric means. ``reached``: in how many pipelines the arm did
+    reach it. One that did not has cost more than its whole run, and is given no advantage: the ratio is RL's cost
+    divided by that of the whole run, or 1 if that is less."""
 
     steps: Estimate
     flops: Estimate
@@ -161,20 +161,24 @@ def _flops(record: Record, arm: str) -> float | None:
 
 
 def _ratios(records: Sequence[Record], arm: str) -> Ratios:
-    steps = [_over(_steps(record, "rl"), _steps(record, arm)) for record in records]
-    rl, own = ([_flops(record, name) for record in records] for name in ("rl", arm))
-    # Whoever distils an RL model has paid for all of its training first. An arm that fails has paid for its whole run.
-    arms = [record["arms"] for record in records]
-    both = [each["rl"]["flops"] + (cost or each[arm]["flops"]) for each, cost in zip(arms, own, strict=True)]
-    flops, with_teacher = ([_over(*pair) for pair in zip(rl, costs, strict=True)] for costs in (own, both))
+    steps, flops, with_teacher = [], [], []
+    for record in records:
+        entry, teaching = record["arms"][arm], record["arms"]["rl"]["flops"]
+        rl, own = _flops(record, "rl"), _flops(record, arm)
+        steps.append(_over(_steps(record, "rl"), _steps(record, arm), entry["accuracy"][-1][0]))
+        flops.append(_over(rl, own, entry["flops"]))
+        # Whoever distils an RL model has paid for all of its training first.
+        with_teacher.append(_over(rl, own and teaching + own, teaching + entry["flops"]))
     reached = sum(_steps(record, arm) is not None for record in records)
-    return Ratios(
-        Estimate.geometric(steps), Estimate.geometric(flops), Estimate.geometric(with_teacher), reached, len(records)
-    )
+    of_steps, of_flops, of_both = (Estimate.geometric(values) for values in (steps, flops, with_teacher))
+    return Ratios(of_steps, of_flops, of_both, reached, len(records))
 
 
-def _over(rl: float | None, own: float | None) -> float:
-    return rl / own if rl and own else 1.0
+def _over(rl: float | None, own: float | None, whole: float) -> float:
+    """``own``: an arm's cost to the level, ``whole``: that of its whole run. Without a level there is no advantage."""
+    if not rl:
+        return 1.0
+    return rl / own if own else min(1.0, rl / whole)
 
 
 def _text(count: int, gain: Estimate, ratios: Mapping[str, Ratios], leads: Mapping[str, Estimate]) -> str:
@@ -189,8 +193,9 @@ def _text(count: int, gain: Estimate, ratios: Mapping[str, Ratios], leads: Mappi
         f"divided by those of the arm that learns from that model: distillation {found('distill')}, with sampled "
         f"tokens {found('distill-sampled')}, SFT on the RL model's samples {found('sft')}. The rule asks "
         f"distillation for an interval above 1, and for at least {TIMES:g}, reached in all pipelines; a run that "
-        f"never reaches the level counts as 1. FLOPs in the same way: distillation {whole.flops.show('{:.1f}')}, "
-        f"sampled tokens {ratios['distill-sampled'].flops.show('{:.1f}')}; with the RL model's training charged to "
+        "never reaches the level counts with the cost of its whole run, and at most as 1. FLOPs in the same way: "
+        f"distillation {whole.flops.show('{:.1f}')}, sampled tokens "
+        f"{ratios['distill-sampled'].flops.show('{:.1f}')}; with the RL model's training charged to "
         f"distillation {whole.flops_with_teacher.show('{:.2f}')}. The article's 50-100 in compute cannot come out at "
         f"equal batches, where a step of distillation costs more than one of RL. Last accuracy with sampled tokens "
         f"minus that of the controls, which differ in the marks alone: {controls}; the rule asks for both above 0."

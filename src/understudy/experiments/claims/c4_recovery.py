@@ -379,7 +379,7 @@ def _phases(phases: Sequence[Mapping[str, Any]], task: str) -> list[tuple[float,
 
 CLAIM = Claim(
     name="c4_recovery",
-    title="C4: behaviour back from the earlier self",
+    title="Behaviour back from the earlier self",
     article="Documents alone: IF-eval 85 → 45, questions 18 → 43. With 30% chats 79 and 36; distilled from the earlier "
     "self 83 and 41. No share of chats keeps all.",
     limits="One tiny model with eight instructions and 240 facts, a closed set; replayed chats cover them easily. "

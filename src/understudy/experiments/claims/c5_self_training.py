@@ -294,7 +294,7 @@ def _charts(records: Sequence[Record]) -> list[Chart]:
 
 CLAIM = Claim(
     name="c5_self_training",
-    title="C5: learning from oneself",
+    title="Learning from oneself",
     article="Fine-tuning on its own samples costs a model IF-eval at every practical learning rate; on-policy "
     "distillation from itself has no gradient and stays.",
     limits="One tiny model that can only fall, one batch size and one optimizer. At p = q distillation stays by "

@@ -387,7 +387,7 @@ def _chart(records: Sequence[Record]) -> Chart:
 
 CLAIM = Claim(
     name="c7_forking_tokens",
-    title="C7: forking tokens",
+    title="Forking tokens",
     article="On one wrong answer of a 4B model, a 235B teacher penalises the tokens that open the wrong path and "
     "hardly the final answer, which follows from them. One example, no numbers.",
     limits="A false value is a known error of fact; forks in prose have no such label. The teacher was trained to go "

@@ -324,7 +324,7 @@ def _by_item(values: Sequence[float | None]) -> list[tuple[int, float]]:
 
 CLAIM = Claim(
     name="c9_exposure_bias",
-    title="C9: exposure bias",
+    title="Exposure bias",
     article="A student trained on the teacher's texts leaves its states after an early error, and errors compound; one "
     "trained on its own texts does not. An argument, without a measurement.",
     limits="The chain offers statements to recover at, and flawless solutions do not show how; most chains have none.",
