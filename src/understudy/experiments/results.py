@@ -20,7 +20,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from understudy.checkpoints import write_atomic, write_json
+from understudy.checkpoints import write_atomic
 from understudy.experiments.claim import Chart, Claim, Finding
 from understudy.experiments.claims import NAMES, load_claim
 from understudy.experiments.code import claim_hash
@@ -73,7 +73,13 @@ def keep(output: Path, name: str, scale: ScaleName, results: Results) -> None:
         },
     }
     (output / name).mkdir(parents=True, exist_ok=True)
-    write_json(output / name / "results.json", content)
+    _write(output / name / "results.json", content)
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    """A line per key: curves with a line per number would be ten times as long."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in content.items()]
+    write_atomic(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def _rounded(value: Any) -> Any:
@@ -121,7 +127,7 @@ def show(output: Path, name: str) -> Finding:
     claim, folder = load_claim(name), output / name
     finding = claim.analyse(content["records"])
     found = {"verdict": finding.verdict, "text": finding.text, "numbers": _plain(finding.numbers)}
-    write_json(folder / "results.json", {**content, "finding": found})
+    _write(folder / "results.json", {**content, "finding": found})
     for chart in finding.charts:
         write_atomic(folder / f"{chart.name}.svg", _standalone(_svg(chart)))
     _fill(folder / "README.md", f"# {full_title(claim)}", render(claim, finding, content))
