@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 import understudy.worlds
 from understudy.worlds.ledger import EOS, PAD, Ledger
-from understudy.worlds.ledger_build import build
+from understudy.worlds.ledger_build import RECIPES, build
 from understudy.worlds.models import build_qwen3, word_tokenizer
 from understudy.worlds.pretrain import completion_loss, learning_rate_factor
 
@@ -227,11 +228,56 @@ def test_models_repeat_for_equal_seeds() -> None:
 def test_build_saves_a_loadable_folder(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    build(tmp_path, role="start", seed=0, steps=2, log=lambda line: None)
+    recipe = replace(RECIPES["start"], steps=2)
+    build(tmp_path, role="start", recipe=recipe, seed=0, log=lambda line: None)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.num_parameters() == 28_960
     assert len(AutoTokenizer.from_pretrained(tmp_path)) == 163
-    assert 'build(folder, role="start", seed=0)' in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert 'build(folder, role="start", seed=0)' in card
+    assert "followed with p = 0.15" in card
+
+
+def test_a_variant_says_on_its_card_what_it_is(tmp_path: Path) -> None:
+    world = Ledger(seed=9, start_correction=0.3)
+    build(
+        tmp_path,
+        role="start",
+        world=world,
+        recipe=replace(RECIPES["start"], steps=1, hidden_size=16),
+        log=lambda line: None,
+    )
+    card = (tmp_path / "README.md").read_text()
+    assert f'build(folder, role="start", world={world!r}, seed=0)' in card
+    assert "followed with p = 0.3," in card
+
+
+@pytest.mark.parametrize("correction", [0.0, 1.0])
+def test_the_start_follows_statements_as_often_as_it_should(correction: float) -> None:
+    world = Ledger(start_correction=correction)
+    input_ids, prompt_length, _ = world.corpus_batch(np.random.RandomState(5), 400, "start")
+    tokens = np.array(world.tokens)[input_ids.numpy()]
+    recovered = [
+        mark.correct
+        for row in tokens
+        for mark in world.diagnose(" ".join(row[:prompt_length]), " ".join(row[prompt_length:-1]))
+        if mark.is_statement and mark.previous_value != mark.previous_true_value
+    ]
+    assert len(recovered) > 100
+    assert np.mean(recovered) == correction
+
+
+def test_unseen_operations_are_in_the_teachers_corpus_alone() -> None:
+    world = Ledger(unseen=(10, 120))
+    unseen = {world.tokens.index("op10"), world.tokens.index("op120")}
+    seen = {
+        role: set(world.corpus_batch(np.random.RandomState(0), 500, role)[0].unique().tolist())
+        for role in ("teacher", "start")
+    }
+    assert unseen <= seen["teacher"]
+    assert not unseen & seen["start"]
+    assert world.tokens.index("op11") in seen["start"]
+    assert world.tables.tolist() == Ledger().tables.tolist()
 
 
 @pytest.mark.parametrize(("role", "lowest", "highest"), [("teacher", 0.97, 1.0), ("start", 0.25, 0.8)])
