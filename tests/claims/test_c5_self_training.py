@@ -45,7 +45,10 @@ def test_all_five_conditions_hold() -> None:
     assert numbers["log_kl_distill_over_sft"]["0.003"].mean == pytest.approx(-math.log(100))
     assert numbers["log_kl_back"]["distill, full"]["0.001"].mean == pytest.approx(-math.log(2))
     assert numbers["decayed_changed"].mean == pytest.approx(-0.01)
-    assert "From a spoiled start distillation multiplies KL by 0.5 [0.5, 0.5]" in finding.ours
+    assert (
+        "with sampled tokens +0.0 [+0.0, +0.0]. From a spoiled start full distillation multiplies KL by 0.5 [0.5, 0.5]"
+        in finding.ours
+    )
 
 
 def test_drift_without_a_loss_of_behaviour_is_the_direction() -> None:
