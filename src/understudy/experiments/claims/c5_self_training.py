@@ -234,7 +234,7 @@ def _text(numbers: Mapping[str, Any]) -> str:
         f"{_each(numbers['log_kl_distill_over_sft'], _factor)}. From the spoiled start, KL is multiplied by: "
         + "; ".join(f"{arm}, {_each(back[arm], _factor)}" for arm in BACK)
         + (f". Conditions that fail: {', '.join(failed)}. " if failed else ". All five conditions are met. ")
-        + "That distillation from oneself stays says little: its gradient is zero there; the spoiled start is the test. "
+        + "That distillation from oneself stays says little: its gradient is zero there; the spoiled one is the test. "
         "The rule is about the full estimator; with sampled tokens, as in the article, the gradient is zero only on "
         "average."
     )
