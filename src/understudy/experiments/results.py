@@ -131,7 +131,6 @@ def show(output: Path, name: str) -> Finding:
     for chart in finding.charts:
         write_atomic(folder / f"{chart.name}.svg", _standalone(_svg(chart)))
     _fill(folder / "README.md", f"# {full_title(claim)}", render(claim, finding, content))
-    searches = {arm: Search([(rate, score) for rate, score in pairs]) for arm, pairs in content["searches"].items()}
     page.write_page(
         "experiment.html",
         folder / "report.html",
@@ -142,7 +141,7 @@ def show(output: Path, name: str) -> Finding:
             "limits": claim.limits,
             "table": page.grid(finding.table),
             "charts": [Markup(_svg(chart)) for chart in finding.charts],
-            "searches": page.grid(_search_table(searches)),
+            "searches": page.grid(_search_table(_searches(content))),
             **_tokens(finding.rollouts),
             "command": _command(content),
             "footnotes": [_made_with(content)],
@@ -169,7 +168,7 @@ def show_all(output: Path) -> None:
 
 def render(claim: Claim, finding: Finding, content: Mapping[str, Any]) -> str:
     """A claim's results as Markdown."""
-    searches = {arm: Search([(rate, score) for rate, score in pairs]) for arm, pairs in content["searches"].items()}
+    searches = _searches(content)
     edges = [arm for arm, search in searches.items() if search.at_edge]
     parts = [
         "## Results",
@@ -191,7 +190,8 @@ def render_table(output: Path) -> str:
         content = stored(output, name)
         if content is None:
             continue
-        claim, finding = load_claim(name), load_claim(name).analyse(content["records"])
+        claim = load_claim(name)
+        finding = claim.analyse(content["records"])
         rows.append(
             {
                 "claim": f"[{full_title(claim)}]({name}/README.md)",
@@ -204,11 +204,17 @@ def render_table(output: Path) -> str:
     return _markdown(rows)
 
 
+def _searches(content: Mapping[str, Any]) -> dict[str, Search]:
+    return {arm: Search([(rate, score) for rate, score in pairs]) for arm, pairs in content["searches"].items()}
+
+
 def _search_table(searches: Mapping[str, Search]) -> list[dict[str, str]]:
     return [
-        {"arm": arm}
-        | {"taken": f"{search.chosen:g}"}
-        | {"tried": ", ".join(f"{rate:g}: {_score(score)}" for rate, score in search.scores)}
+        {
+            "arm": arm,
+            "taken": f"{search.chosen:g}",
+            "tried": ", ".join(f"{rate:g}: {_score(score)}" for rate, score in search.scores),
+        }
         for arm, search in searches.items()
     ]
 

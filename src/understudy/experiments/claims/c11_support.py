@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from understudy.evaluation import Outcome
@@ -200,7 +201,7 @@ def _text(
 
     gain = numbers["sft - start, unseen"]
     unjudged = "Not judged: SFT learns no unseen operation either, so that nothing follows. " if gain.low <= 0 else ""
-    before = [_mean(_habit(records, start, "start")) for start in ("ordinary", "without")]
+    before = [fmean(_habit(records, start, "start")) for start in ("ordinary", "without")]
     return (
         f"{unjudged}Unseen operations, share right: start {numbers['unseen, start'].show()}, distillation "
         f"{numbers['unseen, distill'].show()}, SFT {numbers['unseen, sft'].show()} (its gain over the start "
@@ -216,14 +217,10 @@ def _text(
     )
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _shown(values: Sequence[float | None]) -> str:
     """Their mean; a share of nothing is left out."""
     known = [value for value in values if value is not None]
-    return f"{_mean(known):.3f}" if known else "–"
+    return f"{fmean(known):.3f}" if known else "–"
 
 
 def _table(records: Sequence[Record]) -> list[dict[str, str]]:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -314,7 +315,7 @@ def _listed(names: Sequence[str]) -> str:
 def _table(records: Sequence[Record], judged: Mapping[str, Judged]) -> list[dict[str, str]]:
     rows = []
     for mode in ("healthy", *MODES):
-        row = {"arm": mode, "accuracy": f"{_mean([final_accuracy(r['runs'][mode]) for r in records]):.3f}"}
+        row = {"arm": mode, "accuracy": f"{fmean([final_accuracy(r['runs'][mode]) for r in records]):.3f}"}
         if mode == "healthy":
             cells = ["–"] * 6
         else:
@@ -341,10 +342,6 @@ def _first_of_all(records: Sequence[Record], mode: str) -> str:
             medians[metric] = known[len(known) // 2]
     first = min(medians.values(), default=None)
     return ", ".join(metric for metric, step in medians.items() if step == first) + (f" ({first})" if medians else "–")
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _charts(records: Sequence[Record]) -> list[Chart]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from understudy.experiments.bench import GREEDY, MAX_TOKENS, T1, TRAIN_SEED, LedgerBench
@@ -130,7 +131,7 @@ def analyse(records: Sequence[Record]) -> Finding:
         "lead_over_rl": _lead(records, "one-prompt-rl"),
         "lead_over_sft": _lead(records, "one-prompt-sft"),
         "64_minus_256_prompts": Estimate.of_differences(_accuracy(records, "64-prompts"), many),
-        "spread_within": _mean([_deviation(run["t1"] for run in r["arms"]["one-prompt"]) for r in records]),
+        "spread_within": fmean([_deviation(run["t1"] for run in r["arms"]["one-prompt"]) for r in records]),
         "spread_between": _deviation(_accuracy(records, "one-prompt")),
         "lowest": min(run["t1"] for r in records for run in r["arms"]["one-prompt"]),
         "highest": max(run["t1"] for r in records for run in r["arms"]["one-prompt"]),
@@ -165,7 +166,7 @@ def _decisive(records: Sequence[Record], metric: str = "t1") -> dict[str, Estima
 
 def _accuracy(records: Sequence[Record], arm: str, metric: str = "t1") -> list[float]:
     """Per pipeline, the mean over its problems."""
-    return [_mean([run[metric] for run in record["arms"][arm]]) for record in records]
+    return [fmean([run[metric] for run in record["arms"][arm]]) for record in records]
 
 
 def _shares(values: Sequence[float], start: Sequence[float], whole: Sequence[float]) -> Estimate:
@@ -175,17 +176,13 @@ def _shares(values: Sequence[float], start: Sequence[float], whole: Sequence[flo
 
 def _lead(records: Sequence[Record], control: str) -> Estimate:
     """Distillation minus a control, on the problems that both have."""
-    ours = [_mean([run["t1"] for run in r["arms"]["one-prompt"][: len(r["arms"][control])]]) for r in records]
+    ours = [fmean([run["t1"] for run in r["arms"]["one-prompt"][: len(r["arms"][control])]]) for r in records]
     return Estimate.of_differences(ours, _accuracy(records, control))
 
 
 def _share(part: float, whole: float) -> float:
     """0 where the whole is not positive: there is nothing to have a share of."""
     return part / whole if whole > 0 else 0.0
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _deviation(values: Any) -> float:
@@ -196,7 +193,7 @@ def _deviation(values: Any) -> float:
 
 def _habit(runs: Sequence[Mapping[str, Any]], name: str) -> str:
     values = [run[name] for run in runs if run[name] is not None]
-    return f"{_mean(values):.3f}" if values else "–"
+    return f"{fmean(values):.3f}" if values else "–"
 
 
 def _text(records: Sequence[Record], numbers: Mapping[str, Any]) -> str:
@@ -245,16 +242,16 @@ def _row(arm: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     row = {
         "arm": arm,
         "runs": str(len(runs)),
-        "accuracy": f"{_mean(scores):.3f}",
+        "accuracy": f"{fmean(scores):.3f}",
         "lowest to highest": f"{min(scores):.3f} to {max(scores):.3f}",
-        "greedy": f"{_mean([run['greedy'] for run in runs]):.3f}",
-        "on its own problem": f"{_mean([run['own'] for run in runs]):.3f}" if "own" in runs[0] else "–",
+        "greedy": f"{fmean([run['greedy'] for run in runs]):.3f}",
+        "on its own problem": f"{fmean([run['own'] for run in runs]):.3f}" if "own" in runs[0] else "–",
     }
     row |= {label: _habit(runs, name) for name, label in HABITS.items()}
     if "flops" in runs[0]:
         costs = [run["flops"] for run in runs], [run["teacher_sampling"] for run in runs]
-        row["GFLOP"] = f"{_mean(costs[0]) / 1e9:.0f}"
-        row["of the teacher's sampling besides"] = f"{_mean(costs[1]) / 1e9:.0f}"
+        row["GFLOP"] = f"{fmean(costs[0]) / 1e9:.0f}"
+        row["of the teacher's sampling besides"] = f"{fmean(costs[1]) / 1e9:.0f}"
     else:
         row |= {"GFLOP": "–", "of the teacher's sampling besides": "–"}
     return row
@@ -276,7 +273,7 @@ def _charts(records: Sequence[Record]) -> list[Chart]:
         "x_label": "pipeline",
         "y_label": "accuracy at temperature 1",
         "percent": True,
-        "references": [("teacher", _mean(column(records, "teacher", "t1")))],
+        "references": [("teacher", fmean(column(records, "teacher", "t1")))],
     }
     return [Chart("accuracy-by-pipeline", lines, options)]
 
