@@ -176,9 +176,9 @@ def experiment(
 ) -> int:
     """Test one of the article's claims, or all of them, with controls on several whole pipelines.
 
-    Results go to <output>/<claim>/: results.json, plots, the README's results and report.html. Trained models and
-    finished runs are kept in the cache: a stopped experiment goes on with the same command, and results are made again
-    only when code or settings behind them change. docs/experiments.md says more.
+    Results go to each claim's folder in the output folder: results.json, plots, the README's results and report.html.
+    Trained models and finished runs are kept in the cache: a stopped experiment goes on with the same command, and
+    results are made again only when code or settings behind them change. docs/experiments.md says more.
 
     For example:
 

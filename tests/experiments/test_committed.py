@@ -1,4 +1,7 @@
-"""What is committed in experiments/ says what its records say."""
+"""What is committed in experiments/, and what README.md quotes from there, says what the records say.
+
+``python tests/experiments/test_committed.py`` writes README.md's table anew.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import pytest
 from understudy.experiments import results
 from understudy.experiments.claims import NAMES, load_claim
 
-FOLDER = Path(__file__).resolve().parent.parent.parent / "experiments"
+ROOT = Path(__file__).resolve().parent.parent.parent
+FOLDER = ROOT / "experiments"
 KEPT = [name for name in NAMES if (FOLDER / name / "results.json").exists()]
 SECTIONS = ("## Claim", "## What is run", "## Controls", "## Pass rule", "## Limits")
 
@@ -47,3 +51,18 @@ def test_a_readme_shows_the_records(name):
 
 def test_the_table_shows_every_claim():
     assert results.render_table(FOLDER) in (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+def quoted_table() -> str:
+    """The table with links from the repository's root."""
+    return results.render_table(FOLDER).replace("](", "](experiments/")
+
+
+def test_the_projects_readme_quotes_the_table():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    quoted = text.partition(results.BEGIN)[2].partition(results.END)[0]
+    assert quoted.strip() == quoted_table()
+
+
+if __name__ == "__main__":
+    results._fill(ROOT / "README.md", "", quoted_table())
