@@ -205,7 +205,7 @@ def measure_understudy(workload: Workload, folder: Path, overrides: Mapping[str,
     from understudy.config import RunConfig
     from understudy.config_base import set_dotted
     from understudy.costs import CostLedger
-    from understudy.loop import sample_and_score
+    from understudy.loop import sample, score
     from understudy.metrics import rollout_metrics, update_metrics
     from understudy.optimizer_step import learning_rate_at, optimizer_step
     from understudy.preflight import check_run
@@ -246,7 +246,7 @@ def measure_understudy(workload: Workload, folder: Path, overrides: Mapping[str,
     base_mb, laps = start_memory(torch.device("cpu")), []
     meter.lap()
     for step in range(config.optim.num_steps):
-        scored, examples = sample_and_score(parts, parts.prompts_at(step), seed=step_seed(config.seed, step))
+        scored, examples = score(parts, sample(parts, parts.prompts_at(step), seed=step_seed(config.seed, step)))
         batches = micro_batches(examples, **parts.batching)
         learning_rate = learning_rate_at(config.optim, step)
         update = optimizer_step(

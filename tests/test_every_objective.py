@@ -28,7 +28,7 @@ from understudy.backends.language_model import LanguageModel
 from understudy.backends.loading import load_model
 from understudy.backends.local import LocalSampler, LocalTeacher, LocalTrainer
 from understudy.batching import micro_batches
-from understudy.loop import on_policy_loop, sample_and_score
+from understudy.loop import on_policy_loop, sample, score
 from understudy.losses import distribution_divergence, topk_divergence
 from understudy.rollout_store import read_rollouts
 from understudy.signals import build_objective, credit_rules, resolve_estimator, score_needs
@@ -339,7 +339,10 @@ class Nobody:
     def keep_rollouts(self, step: int, scored: Sequence[ScoredRollout], examples: Sequence[TrainingExample]) -> None:
         pass
 
-    def finish_step(self, step: int, row: Mapping[str, float]) -> str:
+    def record(self, step: int, row: Mapping[str, float]) -> None:
+        pass
+
+    def finish_step(self) -> str:
         return "go on"
 
 
@@ -399,7 +402,7 @@ def exact_objective(parts: Parts, demo: Demo) -> float:
         # The mask and the weights of the run's own rules; hidden states for what stands here.
         credit=replace(rules, estimator="full", control="none"),
     )
-    scored, examples = sample_and_score(looked_at, demo.prompts[:LOOKED_AT], seed=12345)
+    scored, examples = score(looked_at, sample(looked_at, demo.prompts[:LOOKED_AT], seed=12345))
     [batch] = micro_batches(examples, micro_batch_tokens=10**9, dtype=torch.float64)
     assert isinstance(parts.trainer, LocalTrainer)
     student = parts.trainer.model

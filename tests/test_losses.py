@@ -41,7 +41,14 @@ def test_importance_sampling_by_hand() -> None:
     assert trainer.grad is not None
     assert trainer.grad.tolist() == pytest.approx([-3.0, 2.0, -2.0])  # -ratio * advantage
     assert output.metrics == pytest.approx(
-        {"ratio": 3.25, "ratio_max": 2.0, "abs_log_ratio": 3 * math.log(2), "abs_log_ratio_max": 2 * math.log(2)}
+        {
+            "ratio": 3.25,
+            "ratio_max": 2.0,
+            "abs_log_ratio": 3 * math.log(2),
+            "abs_log_ratio_max": 2 * math.log(2),
+            "ratio_outside": 2.0,
+            "ratio_tail": 1.0,
+        }
     )
 
 
@@ -63,7 +70,14 @@ def test_masked_entries_do_not_exist(garbage: float) -> None:
     assert output.loss.item() == -2.0
     assert trainer.grad is not None
     assert trainer.grad.tolist() == [-2.0, 0.0]
-    assert output.metrics == {"ratio": 1.0, "ratio_max": 1.0, "abs_log_ratio": 0.0, "abs_log_ratio_max": 0.0}
+    assert output.metrics == {
+        "ratio": 1.0,
+        "ratio_max": 1.0,
+        "abs_log_ratio": 0.0,
+        "abs_log_ratio_max": 0.0,
+        "ratio_outside": 0.0,
+        "ratio_tail": 0.0,
+    }
 
     logits = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     teacher = torch.stack([torch.full((4,), 0.25).log(), torch.full((4,), garbage)])
@@ -80,8 +94,25 @@ def test_the_largest_ratio_is_that_of_a_trained_token() -> None:
     trainer, sampler = torch.tensor([-2.0, -1.0]), torch.tensor([-2.0 + math.log(4), -1.0])  # 1/4, and 1 masked
     output = importance_sampling_loss(trainer, sampler, torch.ones(2), torch.tensor([True, False]))
     assert output.metrics == pytest.approx(
-        {"ratio": 0.25, "ratio_max": 0.25, "abs_log_ratio": math.log(4), "abs_log_ratio_max": math.log(4)}
+        {
+            "ratio": 0.25,
+            "ratio_max": 0.25,
+            "abs_log_ratio": math.log(4),
+            "abs_log_ratio_max": math.log(4),
+            "ratio_outside": 1.0,
+            "ratio_tail": 1.0,
+        }
     )
+
+
+def test_shares_of_ratios_far_from_one() -> None:
+    """Outside [0.9, 1.1], and beyond a nat, masked tokens left out."""
+    log_ratios = torch.tensor([0.09, -0.1, 0.1, -0.11, 0.99, -1.01, 5.0])
+    mask = torch.tensor([True] * 6 + [False])
+    zeros = torch.zeros(7)
+    metrics = importance_sampling_loss(log_ratios, zeros, zeros, mask).metrics
+    # exp(0.09) = 1.094, exp(-0.1) = 0.905, exp(0.1) = 1.105, exp(-0.11) = 0.896
+    assert (metrics["ratio_outside"], metrics["ratio_tail"]) == (4.0, 1.0)
 
 
 def test_nothing_to_train_is_zero() -> None:
@@ -367,6 +398,8 @@ def test_ratio_metrics_are_those_of_the_trained_tokens() -> None:
                 "ratio_max": 4.0,
                 "abs_log_ratio": 2 * math.log(4),
                 "abs_log_ratio_max": math.log(4),
+                "ratio_outside": 2.0,
+                "ratio_tail": 2.0,
                 "ratio_clipped": 2.0,
             }
         )

@@ -126,7 +126,10 @@ def test_update_metrics_have_public_names_and_no_unknown_ones() -> None:
 HEAD = LMHead(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.5]]))
 HEADS = {"default": HEAD, "reference": HEAD}
 IDS = torch.tensor([0, 2])
-RATIO = {"ratio/mean", "ratio/max", "ratio/abs_log_mean", "ratio/abs_log_max"}
+RATIO = {
+    *("ratio/mean", "ratio/max", "ratio/abs_log_mean", "ratio/abs_log_max"),
+    *("ratio/outside_share", "ratio/tail_share"),
+}
 CLIPPED_RATIO = RATIO | {"ratio/clipped_share"}
 ENTROPIES = {"entropy/student", "entropy/teacher"}
 TOPK = {"topk/divergence", "topk/student_mass", "topk/teacher_mass"}

@@ -99,7 +99,7 @@ def test_a_mixture_is_a_sum() -> None:
     assert float(output.loss) == pytest.approx(sum(KL) + 0.0)
     assert set(output.metrics) == {
         *("reverse_kl_full", "student_entropy", "teacher_entropy"),
-        *("ratio", "ratio_max", "abs_log_ratio", "abs_log_ratio_max"),
+        *("ratio", "ratio_max", "abs_log_ratio", "abs_log_ratio_max", "ratio_outside", "ratio_tail"),
     }
 
 

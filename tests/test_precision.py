@@ -20,7 +20,7 @@ from understudy.backends.local import LocalSampler, LocalTeacher, LocalTrainer
 from understudy.batching import micro_batches
 from understudy.config import OptimConfig, RunConfig, SamplingConfig
 from understudy.costs import CostLedger, MeteredSampler, MeteredTrainer
-from understudy.loop import sample_and_score
+from understudy.loop import sample, score
 from understudy.objectives import CrossEntropy, FullDivergence
 from understudy.precision import compute_autocast
 from understudy.preflight import check_run
@@ -153,7 +153,7 @@ def test_an_earlier_self_teaches_exactly_nothing(world, dtype) -> None:
     )
     optim = config.optim.model_copy(update={"micro_batch_tokens": 400})
     parts = parts_of(config.model_copy(update={"sampling": sampling, "optim": optim}))
-    scored, examples = sample_and_score(parts, parts.prompts_at(0), seed=3)
+    scored, examples = score(parts, sample(parts, parts.prompts_at(0), seed=3))
     assert len({len(s.rollout.completion_ids) for s in scored}) > 1
     batches = micro_batches(examples, **parts.batching)
     assert len(batches) > 1

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import pytest
 
 from tiny import prompt_of, rollout_of
-from understudy.errors import RunError
-from understudy.teacher_scores import score_reference, score_rollouts, teacher_view
+from understudy.errors import RunError, ServerError, ServerUnavailable
+from understudy.teacher_scores import score_reachable, score_reference, score_rollouts, teacher_view
 from understudy.types import SampledScores, ScoreKind, TokenSequence, TopkScores
 
 
@@ -61,6 +61,38 @@ def test_bad_marks_name_the_rollout(answer: list[float], message: str) -> None:
 def test_a_missing_mark_is_an_error() -> None:
     with pytest.raises(ValueError, match="shorter"):
         score_rollouts({"default": Marks([-1.0, -1.0])}, [rollout(4), rollout(5)], "sampled")
+
+
+class Away(Marks):
+    def score(self, sequences: Sequence[TokenSequence], kind: ScoreKind, *, topk: int = 0) -> list[SampledScores]:
+        raise ServerUnavailable("nobody answers")
+
+
+class Wrong(Marks):
+    def score(self, sequences: Sequence[TokenSequence], kind: ScoreKind, *, topk: int = 0) -> list[SampledScores]:
+        raise ServerError("nonsense")
+
+
+def test_a_teacher_that_is_away_takes_only_its_rows_with_it(caplog: pytest.LogCaptureFixture) -> None:
+    teachers = {"a": Away(), "b": Marks([-2.0, -2.5])}
+    rollouts = [rollout(1, "a"), rollout(2, "b"), rollout(3, "a")]
+    scores = score_reachable(teachers, rollouts, "sampled", may_be_away=frozenset({"a"}))
+    assert scores == [None, SampledScores([-2.0, -2.5]), None]
+    assert "teacher 'a' is away, 2 completions go unmarked: nobody answers" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("teacher", "may_be_away"), [(Away(), set()), (Away(), {"b"}), (Wrong(), {"a"})], ids=["no", "another", "wrong"]
+)
+def test_it_stops_the_run_where_it_may_not_be_away_or_is_not(teacher: Marks, may_be_away: set[str]) -> None:
+    teachers = {"a": teacher, "b": Marks([-2.0, -2.5])}
+    with pytest.raises(ServerError):
+        score_reachable(teachers, [rollout(1, "a"), rollout(2, "b")], "sampled", may_be_away=frozenset(may_be_away))
+
+
+def test_nobody_left_to_mark_stops_the_run() -> None:
+    with pytest.raises(ServerUnavailable, match="nobody answers"):
+        score_reachable({"a": Away()}, [rollout(1, "a")], "sampled", may_be_away=frozenset({"a"}))
 
 
 def test_the_reference_reads_what_the_student_read() -> None:

@@ -160,7 +160,8 @@ def token_mask(
 class CreditRules:
     """What a step's rollouts teach: [objective] in the form this stage takes it; names are the configuration's.
 
-    ``masked_ids``: tokens that never train.
+    ``masked_ids``: tokens that never train. ``compare_sampler``: a policy loss runs whatever the estimator, if only to
+    measure how far trainer and sampler are apart.
     """
 
     estimator: Literal["sampled", "full", "topk"] = "sampled"
@@ -178,6 +179,7 @@ class CreditRules:
     span: tuple[float, float] = (0.0, 1.0)
     half_life: float | None = None
     masked_ids: frozenset[int] = frozenset()
+    compare_sampler: bool = False
 
 
 def training_examples(groups: Sequence[Sequence[ScoredRollout]], rules: CreditRules) -> list[TrainingExample]:
@@ -207,7 +209,7 @@ def _centred_rewards(group: Sequence[ScoredRollout], rules: CreditRules) -> Tens
 def _example(scored: ScoredRollout, reward: Tensor, swapped: Tensor | None, rules: CreditRules) -> TrainingExample:
     rollout, scores = scored.rollout, scored.scores
     mask = token_mask(rollout.completion_ids, first=rules.first, span=rules.span, masked_ids=rules.masked_ids)
-    has_policy = rules.estimator == "sampled" or rules.reward_coef > 0
+    has_policy = rules.estimator == "sampled" or rules.reward_coef > 0 or rules.compare_sampler
     topk = scores if rules.estimator == "topk" and isinstance(scores, TopkScores) else None
     return TrainingExample(
         prompt_ids=rollout.prompt.prompt_ids,

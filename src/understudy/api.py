@@ -17,8 +17,9 @@ from understudy.backends.protocols import Sampler, Teacher, Trainer
 from understudy.checkpoints import checkpoint_path, write_json
 from understudy.config import RunConfig, StudentConfig
 from understudy.costs import CostLedger, MeteredSampler
+from understudy.errors import ServerError
 from understudy.evaluation import evaluate_tasks, outcome_metrics, task_outcomes, write_outcomes
-from understudy.loop import on_policy_loop, sample_and_score
+from understudy.loop import on_policy_loop, sample, score
 from understudy.preflight import Checked, Method, check_run
 from understudy.progress import ProgressSampler, piece_size
 from understudy.recorder import Recorder
@@ -121,13 +122,14 @@ def _run(
     """Take the folder, load, work, report. Nothing stays behind when preparation fails."""
     with RunFolder(config, method=method, resume=resume) as folder:
         steps = folder.config.optim.num_steps
-        if folder.trained and (method == "sft" or config.rollouts.per_step == 0 or folder.holds_rollouts(steps)):
+        kept = method == "sft" or config.rollouts.per_step == 0 or folder.holds_rollouts(steps)
+        if folder.trained and kept and not folder.owes_evaluation:
             log.info("%s: all %d steps are done; raise optim.num_steps to go on", folder.path, steps)
             return _finished(folder, folder.last_row(), None)
         if folder.checkpoint:
             log.info("%s: going on after step %d of %d", folder.path, folder.first_step, steps)
         parts = assemble(folder.config, checked, folder.costs, checkpoint=folder.checkpoint, given=given)
-        with StopRequest().listening() as stop:
+        with parts.connections, StopRequest().listening() as stop:
             if folder.state:
                 parts.trainer.load_state_dict(folder.state["trainer"])
             parts.sampler.set_policy_version(folder.first_step)
@@ -140,11 +142,16 @@ def _run(
                 student=checked.student,
                 evaluate=lambda: evaluate_tasks(parts.evaluator, parts.tasks, parts.decode),
                 stop=stop,
+                may_be_away=parts.may_be_away,
                 quiet=quiet,
             )
             try:
                 recorder.start()
                 work(parts, recorder)
+            except ServerError:
+                # The weights are whole, and what is away may be back tomorrow.
+                log.info("%s: --resume goes on after step %d", folder.path, recorder.save_last_update())
+                raise
             finally:
                 recorder.close()
         return replace(_finished(folder, recorder.last_row, recorder.interrupted_at), stop_requested=stop.requested)
@@ -176,7 +183,7 @@ def _keep_final_rollouts(parts: Parts, recorder: Recorder) -> None:
     prompts = parts.prompts_at(0)[: -(-max(2, wanted) // parts.config.sampling.group_size)]
     # Neither this writing nor its marking belongs to the method's price.
     for_pages = replace(parts, sampler=parts.evaluator, teachers=parts.page_teachers, reference=parts.page_reference)
-    scored, examples = sample_and_score(for_pages, prompts, seed=step_seed(parts.config.seed, 0))
+    scored, examples = score(for_pages, sample(for_pages, prompts, seed=step_seed(parts.config.seed, 0)))
     recorder.keep_rollouts(parts.config.optim.num_steps, scored, examples)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,22 @@ from understudy.backends.loading import default_micro_batch_tokens, load_student
 from understudy.backends.local import LocalSampler, LocalTeacher, LocalTrainer
 from understudy.backends.protocols import Sampler, Teacher, Trainer
 from understudy.config import RunConfig, StudentConfig, TeacherConfig
+from understudy.connect import (
+    RemoteTeacher,
+    cached,
+    check_sampler,
+    connect_sampler,
+    connect_teachers,
+)
 from understudy.costs import CostLedger, CountedModel, MeteredSampler, MeteredTeacher, MeteredTrainer
 from understudy.errors import ConfigError
 from understudy.evaluation import EvalTask
 from understudy.flops import Update, shape_of_config
 from understudy.objectives import Objective
-from understudy.precision import choose_compute_dtype, load_teacher
+from understudy.precision import choose_compute_dtype, compute_autocast, load_teacher
 from understudy.preflight import Checked
 from understudy.prompts import batch_for_step
+from understudy.score_cache import folder_identity
 from understudy.signals import Needs, build_objective, credit_rules, resolve_estimator, score_needs
 from understudy.tasks import Grader
 from understudy.tokenization import adapter_base
@@ -38,6 +48,7 @@ class Parts:
     """The loop's working parts, and its settings in the form its stages take them.
 
     ``page_teachers`` and ``page_reference`` are off the cost ledger: what pages show is not part of a method's price.
+    ``may_be_away``: teachers without whose marks a step may do. ``connections``: to be closed after the run.
     """
 
     config: RunConfig
@@ -56,6 +67,8 @@ class Parts:
     decode: Callable[[Sequence[int]], str]
     batching: Mapping[str, Any]
     credit: CreditRules
+    may_be_away: frozenset[str] = frozenset()
+    connections: ExitStack = field(default_factory=ExitStack)
 
     def prompts_at(self, step: int) -> list[Prompt]:
         """The prompts of step ``step``."""
@@ -91,12 +104,28 @@ def assemble(config: RunConfig, checked: Checked, costs: CostLedger, *, checkpoi
     tree."""
     set_threads(config)
     _check_given(config, checked, given)
+    with ExitStack() as connections:
+        parts = _assemble(config, checked, costs, checkpoint, given, connections)
+        return replace(parts, connections=connections.pop_all())
+
+
+def _assemble(
+    config: RunConfig,
+    checked: Checked,
+    costs: CostLedger,
+    checkpoint: Path | None,
+    given: Given,
+    connections: ExitStack,
+) -> Parts:
+    remote = connect_teachers(config, checked, connections) if given.teachers is None else {}
+    if config.sampler is not None and given.sampler is None:
+        check_sampler(config, checked)
     student = _student(config, checked, checkpoint, given)
     sizes, counted = matmul_sizes(student), counted_model(student, config.student)
     config = _with_micro_batches(config, student)
-    sampler, trainer, config = _sampler_and_trainer(config, checked, student, given)
-    teachers, config = _teachers(config, checked, student, sampler, given)
-    reference, config = _reference(config, checked, student, sampler)
+    sampler, trainer, config = _sampler_and_trainer(config, checked, student, given, connections)
+    teachers, config = _teachers(config, checked, student, sampler, given, remote, connections)
+    reference, config = _reference(config, checked, student, sampler, remote.get("reference"), connections)
     effective = resolve_estimator(config, teachers)
     config = _resolve_rest(_with_estimator(config, effective.objective.estimator, bool(teachers)), checked, student)
     return Parts(
@@ -109,7 +138,7 @@ def assemble(config: RunConfig, checked: Checked, costs: CostLedger, *, checkpoi
         trainer=MeteredTrainer(trainer, costs, sizes, counted),
         evaluator=MeteredSampler(sampler, costs, "evaluation", sizes[0], counted),
         objective=build_objective(effective, teachers, reference),
-        needs=score_needs(effective.objective),
+        needs=score_needs(effective.objective, teachers),
         grader=given.grader or checked.grader,
         prompts=checked.prompts,
         tasks=checked.tasks,
@@ -122,6 +151,7 @@ def assemble(config: RunConfig, checked: Checked, costs: CostLedger, *, checkpoi
             "dtype": torch.float64 if student and student.dtype == torch.float64 else torch.float32,
         },
         credit=credit_rules(effective, special_ids=checked.special_ids),
+        may_be_away=frozenset(name for name, role in config.all_teachers.items() if role.when_away == "skip"),
     )
 
 
@@ -158,21 +188,28 @@ def _student(config: RunConfig, checked: Checked, checkpoint: Path | None, given
 
 
 def _sampler_and_trainer(
-    config: RunConfig, checked: Checked, student: LanguageModel | None, given: Given
+    config: RunConfig, checked: Checked, student: LanguageModel | None, given: Given, connections: ExitStack
 ) -> tuple[Sampler, Trainer, RunConfig]:
     """Both in the precision that ``student.compute_dtype`` resolves to."""
 
     def in_precision(autocast: torch.dtype | None) -> tuple[Sampler, Trainer]:
-        shadow = student.copy_in(autocast) if student and autocast else None
-        sampler = given.sampler or LocalSampler(
-            _present(student), stop_ids=checked.stop_ids, shadow=shadow, ends=checked.ends
-        )
         temperature = config.sampling.temperature
         trainer = given.trainer or LocalTrainer(
             _present(student), config.optim, temperature=temperature, autocast=autocast
         )
+        if given.sampler is not None:
+            return given.sampler, trainer
+        if config.sampler is not None:
+            return connect_sampler(config, checked, trainer, connections), trainer
+        shadow = student.copy_in(autocast) if student and autocast else None
+        sampler = LocalSampler(_present(student), stop_ids=checked.stop_ids, shadow=shadow, ends=checked.ends)
         return sampler, trainer
 
+    if config.sampler is not None and given.sampler is None and given.trainer is None:
+        # A trial of precisions would send the server weights before the run begins.
+        dtype = "bfloat16" if config.student.compute_dtype == "bfloat16" else "float32"
+        update = {"student": config.student.model_copy(update={"compute_dtype": dtype})}
+        return *in_precision(compute_autocast(config.student)), config.model_copy(update=update)
     if student is None or given.sampler or given.trainer:
         if config.student.compute_dtype == "bfloat16":
             raise ConfigError(
@@ -244,6 +281,13 @@ def _check_given(config: RunConfig, checked: Checked, given: Given) -> None:
             got=f"a {type(given.trainer).__name__} without a sampler",
             expected="a sampler that writes with this trainer's weights; the configured one would never see an update",
             remedy="pass sampler=... too",
+        )
+    if config.sampling.max_policy_lag > 0 and given.sampler is None and config.sampler is None:
+        raise ConfigError(
+            "sampling.max_policy_lag",
+            got=f"{config.sampling.max_policy_lag} with a sampler in this process",
+            expected="a sampler with weights of its own: this one would write with weights that change as it writes",
+            remedy="add [sampler] url = ..., or set max_policy_lag = 0",
         )
     if given.sampler is not None and given.trainer is None:
         raise ConfigError(
@@ -337,6 +381,8 @@ def _teachers(
     student: LanguageModel | None,
     sampler: Sampler,
     given: Given,
+    remote: Mapping[str, RemoteTeacher],
+    connections: ExitStack,
 ) -> tuple[dict[str, Teacher], RunConfig]:
     """Teachers by name, and the configuration with their dtypes resolved."""
     if given.teachers is not None:
@@ -344,9 +390,15 @@ def _teachers(
     teachers: dict[str, Teacher] = {}
     resolved: dict[str, TeacherConfig] = {}
     for name, teacher_config in config.all_teachers.items():
+        if name in remote:
+            teachers[name] = cached(remote[name], teacher_config, remote[name].identity, connections)
+            resolved[name] = teacher_config
+            continue
         prompts = [p for p in checked.prompts if p.teacher == name]
         teacher, dtype = load_teacher(teacher_config, config, checked, student, sampler, prompts)
-        teachers[name] = teacher
+        teachers[name] = cached(
+            teacher, teacher_config, partial(folder_identity, teacher_config.model, dtype), connections
+        )
         resolved[name] = teacher_config.model_copy(update={"dtype": dtype})
         log.info("teacher %s: %s on %s", teacher_config.model, dtype, teacher.model.device)
     default = resolved.pop("default", None)
@@ -354,11 +406,18 @@ def _teachers(
 
 
 def _reference(
-    config: RunConfig, checked: Checked, student: LanguageModel | None, sampler: Sampler
-) -> tuple[LocalTeacher | None, RunConfig]:
+    config: RunConfig,
+    checked: Checked,
+    student: LanguageModel | None,
+    sampler: Sampler,
+    remote: RemoteTeacher | None,
+    connections: ExitStack,
+) -> tuple[Teacher | None, RunConfig]:
     """The reference model, if there is one, and the configuration with its dtype resolved."""
     if config.reference is None or not checked.prompts:  # `sft` has no use for it
         return None, config
+    if remote is not None:
+        return cached(remote, config.reference, remote.identity, connections), config
     prompts = [
         replace(prompt, teacher_prompt_ids=None) for prompt in checked.prompts
     ]  # it reads what the student reads

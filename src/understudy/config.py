@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from understudy.config_base import Section, read_toml, set_dotted, toml_value
 from understudy.config_objective import ObjectiveConfig
 from understudy.config_rows import PromptsConfig, RowsConfig
+from understudy.config_served import SamplerServerConfig, ServerConfig
 from understudy.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
@@ -55,17 +56,31 @@ class StudentConfig(Section):
     """Recompute activations in the backward pass: less memory, about a third more training time."""
 
 
-class TeacherConfig(Section):
-    """The model that marks. It needs only to give log-probabilities of tokens it is handed."""
+class LoadedConfig(Section):
+    """A model that marks, and how it is loaded."""
 
     model: str
-    """Hub id or folder of a causal language model with the student's token-to-id map."""
+    """Hub id or folder of a causal language model with the student's token-to-id map. With a url only its tokenizer is
+    read, and it may be left out: the student's then stands in for it."""
     dtype: Dtype = "auto"
     """auto: the student's dtype for a model of the student's shape (an earlier self); else bfloat16 where the hardware
     is fast at it and its measured error is far below the reverse KL; else float32. In `generate`: bfloat16 on a GPU
     that is fast at it, else float32."""
     device: str = "auto"
     """auto: the student's device."""
+
+
+class TeacherConfig(ServerConfig, LoadedConfig):
+    """The model that marks. It needs only to give log-probabilities of tokens it is handed: in this process, or, with a
+    url, on a server."""
+
+    cache: str | None = None
+    """A file that keeps this teacher's marks, for runs that ask for the same again; several runs may share it."""
+    cache_gib: float = Field(default=10.0, gt=0)
+    """How large the file may grow; what has not been used for longest then goes."""
+    when_away: Literal["stop", "skip"] = "stop"
+    """What a server that is lost (connection.patience_seconds) does: stop the run, its state saved; or leave its rows
+    out of the steps until it is back."""
 
 
 class SamplingConfig(Section):
@@ -89,6 +104,12 @@ class SamplingConfig(Section):
     """Strings that end a completion, beside stop_token_ids; the token that completes one is its last."""
     max_batch_rows: int = Field(default=256, ge=1)
     """Completions decoded at once, where memory holds as many: changes no result beyond float noise."""
+    max_policy_lag: int = Field(default=0, ge=0)
+    """How many updates old the weights may be that wrote a step's completions. 0: sample, score, train in turn. Above
+    0 (needs a [sampler]): the steps after the one that trains are sampled and scored meanwhile."""
+    stale: Literal["correct", "drop"] = "correct"
+    """Completions older than max_policy_lag, which a sampler of your own may hand over: train on them by their
+    importance ratios, or leave them out. Both are counted."""
 
 
 class RewardConfig(Section):
@@ -218,6 +239,8 @@ class RunConfig(Section):
     reference: TeacherConfig | None = None
     """The model r that objective.extrapolation and objective.anchor_coef measure from, e.g. the student as it was. It
     reads the student's prompt."""
+    sampler: SamplerServerConfig | None = None
+    """A server that writes the student's completions; each update's weights are pushed to it. Absent: this process."""
     prompts: PromptsConfig | None = None
     sampling: SamplingConfig = SamplingConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -228,10 +251,29 @@ class RunConfig(Section):
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     rollouts: RolloutsConfig = RolloutsConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _served_teachers_read_as_the_student(cls, tree: Any) -> Any:
+        """A served teacher without a model has the student's tokens; its server is asked whether that is so."""
+        if not isinstance(tree, Mapping) or not isinstance(tree.get("student"), Mapping):
+            return tree
+        model = {"model": tree["student"].get("model")}
+
+        def named(teacher: Any) -> Any:
+            return {**model, **teacher} if isinstance(teacher, Mapping) and "url" in teacher else teacher
+
+        filled = {role: named(tree[role]) for role in ("teacher", "reference") if role in tree}
+        if isinstance(tree.get("teachers"), Mapping):
+            filled["teachers"] = {name: named(teacher) for name, teacher in tree["teachers"].items()}
+        return {**tree, **filled}
+
     @model_validator(mode="after")
     def _teacher_named_once(self) -> Self:
         if self.teacher is not None and "default" in self.teachers:
             raise ValueError("[teacher] and [teachers.default] are the same thing; keep one")
+        routes = self.prompts.teacher_of_task if self.prompts else {}
+        if unknown := sorted(set(routes.values()) - self.all_teachers.keys()) if self.all_teachers else []:
+            raise ValueError(f"prompts.teacher_of_task names {unknown}; there are {sorted(self.all_teachers)}")
         names = [task.name for task in self.evaluation.tasks]
         if len(set(names)) != len(names):
             raise ValueError(f"evaluation tasks need different names, got {names}")

@@ -56,3 +56,6 @@ class PromptsConfig(RowsConfig):
 
     shuffle: bool = True
     """A new order each epoch, from the run's seed."""
+    teacher_of_task: dict[str, str] = Field(default_factory=dict)
+    """{maths = "large"}: rows whose "task" is maths are marked by [teachers.large]. A row's own "teacher" comes
+    first."""

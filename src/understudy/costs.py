@@ -12,6 +12,7 @@ Seconds are wall time. On CUDA the clock is read when the device is done: each r
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,9 +59,15 @@ class CostLedger:
 
     roles: dict[str, dict[str, float]] = field(default_factory=dict)
     last_seconds: dict[str, float] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def add(self, role: str, *, tokens: int, flops: float, seconds: float, exact_flops: float | None = None) -> None:
-        """Add one phase's cost. Where the exact count is not known, the convention's stands in for it."""
+        """Add one phase's cost. Where the exact count is not known, the convention's stands in for it. Stages that
+        overlap may add at the same time."""
+        with self._lock:
+            self._add(role, tokens, flops, seconds, exact_flops)
+
+    def _add(self, role: str, tokens: int, flops: float, seconds: float, exact_flops: float | None) -> None:
         entry = self.roles.setdefault(role, dict.fromkeys(_AMOUNTS, 0.0) | {"tokens": 0})
         entry["tokens"] += tokens
         entry["flops"] += flops
@@ -70,7 +77,8 @@ class CostLedger:
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds by role since the last call."""
-        taken, self.last_seconds = self.last_seconds, {}
+        with self._lock:
+            taken, self.last_seconds = self.last_seconds, {}
         return taken
 
     def total(self, amount: str) -> float:
@@ -210,10 +218,12 @@ class MeteredTeacher:
         """See ``Teacher.compute_logprobs``."""
         return [list(score.teacher_logprobs) for score in self.score(sequences, "sampled")]
 
-    def score(self, sequences: Sequence[TokenSequence], kind: ScoreKind, *, topk: int = 0) -> list[Scores]:
+    def score(
+        self, sequences: Sequence[TokenSequence], kind: ScoreKind, *, topk: int = 0, **options: Any
+    ) -> list[Scores]:
         """See ``Teacher.score``."""
         start = _now()
-        scores = self._teacher.score(sequences, kind, topk=topk)
+        scores = self._teacher.score(sequences, kind, topk=topk, **options)
         seconds = _now() - start
         tokens = sum(len(s.prompt_ids) + len(s.completion_ids) for s in sequences)
         flops = forward_flops(self._size, tokens)
@@ -223,7 +233,7 @@ class MeteredTeacher:
 
 
 class MeteredTrainer:
-    """A trainer whose updates go into the ledger; looking at log-probabilities for pages does not."""
+    """A trainer whose work for updates goes into the ledger; looking at log-probabilities for pages does not."""
 
     def __init__(
         self, trainer: Trainer, costs: CostLedger, sizes: tuple[int, int], counted: CountedModel | None = None
@@ -233,6 +243,17 @@ class MeteredTrainer:
     def compute_logprobs(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:
         """See ``Trainer.compute_logprobs``."""
         return self._trainer.compute_logprobs(sequences)
+
+    def topk_ids(self, sequences: Sequence[TokenSequence], k: int) -> list[Sequence[Sequence[int]]]:
+        """See ``Trainer.topk_ids``."""
+        start = _now()
+        ids = self._trainer.topk_ids(sequences, k)
+        seconds = _now() - start
+        tokens = sum(len(s.prompt_ids) + len(s.completion_ids) for s in sequences)
+        counted = self._counted.scoring(sequences, "topk") if self._counted else None
+        flops = forward_flops(self._sizes[0], tokens)
+        self._costs.add("student_scoring", tokens=tokens, flops=flops, seconds=seconds, exact_flops=counted)
+        return ids
 
     def forward_backward(self, batch: Batch, objective: Objective) -> LossOutput:
         """See ``Trainer.forward_backward``."""

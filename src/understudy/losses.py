@@ -47,7 +47,8 @@ def importance_sampling_loss(
         importance_band: (low, high): tokens whose ratio is outside are left out (two-sided mask, IcePop).
 
     Metrics (sums over the mask, but for ``*_max``): ``ratio``, ``ratio_max``, ``abs_log_ratio``, ``abs_log_ratio_max``,
-    and ``ratio_clipped``, the tokens that truncation or mask touched, where there is either.
+    ``ratio_outside`` (tokens with a ratio outside [0.9, 1.1]), ``ratio_tail`` (tokens whose log-probabilities differ by
+    more than 1 nat), and ``ratio_clipped``, the tokens that truncation or mask touched, where there is either.
     """
     log_ratio = _log_ratio(trainer_logprobs, sampler_logprobs, loss_mask)
     ratio = log_ratio.exp()
@@ -330,6 +331,8 @@ def _ratio_metrics(log_ratio: Tensor, loss_mask: Tensor, clipped: Tensor | None)
         "ratio_max": 0.0 if empty else float(log_ratio.masked_fill(~loss_mask, -math.inf).max().exp()),
         "abs_log_ratio": _masked_sum(log_ratio.abs(), loss_mask),
         "abs_log_ratio_max": 0.0 if empty else float(log_ratio.abs().max()),
+        "ratio_outside": _masked_sum((log_ratio.exp() - 1).abs() > 0.1, loss_mask),
+        "ratio_tail": _masked_sum(log_ratio.abs() > 1, loss_mask),
     }
     return metrics if clipped is None else metrics | {"ratio_clipped": _masked_sum(clipped, loss_mask)}
 

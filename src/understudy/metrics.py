@@ -43,8 +43,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def rollout_metrics(scored: Sequence[ScoredRollout], objective: ObjectiveConfig = _DEFAULTS) -> dict[str, float]:
-    """What the student wrote and what its teacher thought of it. Token means unless said."""
+def rollout_metrics(
+    scored: Sequence[ScoredRollout], objective: ObjectiveConfig = _DEFAULTS, *, num_written: int | None = None
+) -> dict[str, float]:
+    """What the student wrote and what its teacher thought of it. Token means unless said. ``num_written``: how many
+    completions there were, those that nobody marked among them."""
     rollouts = [s.rollout for s in scored]
     lengths = [len(r.completion_ids) for r in rollouts]
     tokens = sum(lengths)
@@ -55,6 +58,8 @@ def rollout_metrics(scored: Sequence[ScoredRollout], objective: ObjectiveConfig 
         "repeated_4gram/share": sum(_repeats(r.completion_ids) for r in rollouts) / max(1, tokens),
         "entropy/sampled": -sum(math.fsum(r.sampler_logprobs) for r in rollouts) / tokens,
     }
+    if num_written is not None and num_written > len(scored):
+        metrics["teacher/away_share"] = 1 - len(scored) / num_written
     gaps = _gaps([(s.rollout, s.scores) for s in scored])
     if gaps:
         metrics["reverse_kl/mean"] = math.fsum(gaps) / len(gaps)
@@ -102,6 +107,8 @@ _UPDATE_NAMES = {
     "ratio_max": "ratio/max",
     "abs_log_ratio": "ratio/abs_log_mean",
     "abs_log_ratio_max": "ratio/abs_log_max",
+    "ratio_outside": "ratio/outside_share",
+    "ratio_tail": "ratio/tail_share",
     "ratio_clipped": "ratio/clipped_share",
     "student_entropy": "entropy/student",
     "teacher_entropy": "entropy/teacher",

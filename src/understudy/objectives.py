@@ -51,12 +51,17 @@ class PolicyGradient:
 
     ``baseline_heads`` (in-process teachers, by name): ``baseline_coef`` times the exact KL(p || q) of each position is
     added to the advantages, a function of the state alone: the expected gradient stays, its variance falls.
+
+    ``live_coef``: ``live_coef * (trainer_logprobs - sampler_logprobs)`` is taken from the advantages, so that
+    -coef (log p - log q) is of the weights that learn, p, where older ones wrote: with the importance ratio the
+    expectation at each visited state is then the gradient of KL(p || q), whatever wrote the tokens.
     """
 
     temperature: float = 1.0
     policy_loss: PolicyLoss = importance_sampling_loss
     baseline_heads: Mapping[str, LMHead] | None = None
     baseline_coef: float = 1.0
+    live_coef: float = 0.0
 
     def __call__(self, batch: Batch, hidden: Tensor, head: LMHead) -> LossOutput:
         if batch.sampler_logprobs is None or batch.advantages is None:
@@ -71,8 +76,11 @@ class PolicyGradient:
             metrics["reverse_kl_full"] = float(baseline.sum())
 
         def loss(logprobs: Tensor, rows: slice) -> LossOutput:
-            columns = (column[rows] for column in (sampler_logprobs, advantages, batch.loss_mask))
-            return self.policy_loss(logprobs, *columns, weights=_part(batch.weights, rows))
+            written, mask, credit = sampler_logprobs[rows], batch.loss_mask[rows], advantages[rows]
+            if self.live_coef:
+                change = (logprobs.detach() - written).masked_fill(~mask, 0.0)
+                credit = credit - self.live_coef * change
+            return self.policy_loss(logprobs, written, credit, mask, weights=_part(batch.weights, rows))
 
         output = _through_logprobs(loss, head, hidden, batch.target_ids, self.temperature)
         return LossOutput(output.loss, {**output.metrics, **metrics})
@@ -122,8 +130,9 @@ class FullDivergence:
 class TopkDivergence:
     """``coef`` times the reverse KL on the ``k`` most likely tokens of each position.
 
-    ``chosen_by`` "teacher" uses the batch's top-k scores, which any teacher can send; "student" and "union" look up
-    both models' own in in-process ``heads``.
+    ``chosen_by`` "teacher" uses the batch's top-k scores, which any teacher can send; so does "student" without
+    ``heads``: its teacher was asked for the student's best tokens. With them "student" and "union" look up both models'
+    own.
     """
 
     k: int
@@ -135,7 +144,7 @@ class TopkDivergence:
 
     def __call__(self, batch: Batch, hidden: Tensor, head: LMHead) -> LossOutput:
         metrics: dict[str, float] = {}
-        if self.chosen_by == "teacher":
+        if self.chosen_by == "teacher" or self.heads is None:
             if batch.topk_ids is None or batch.topk_logprobs is None:
                 raise ValueError("the top-k divergence needs the teacher's top-k scores; got a batch without them")
             ids, teacher_logprobs = batch.topk_ids, batch.topk_logprobs

@@ -12,6 +12,7 @@ from understudy.errors import ConfigError
 def check_objective(config: RunConfig, method: str, rewarded: bool) -> None:
     """Raise ConfigError for what cannot work or would have no effect in ``distill`` and ``rl``."""
     _check_sampling(config)
+    _check_lag(config)
     _check_rewards(config, method, rewarded)
     if method == "distill":
         _check_estimator(config.objective)
@@ -37,6 +38,19 @@ def _check_sampling(config: RunConfig) -> None:
             f"top_p = {sampling.top_p}, top_k = {sampling.top_k}",
             "no truncation in training: the written tokens' probabilities would not be the trained ones",
             "drop top_p and top_k; [[evaluation.tasks]] and `generate` may use them",
+        )
+
+
+def _check_lag(config: RunConfig) -> None:
+    lag, objective = config.sampling.max_policy_lag, config.objective
+    if lag == 0:
+        return
+    if objective.estimator in ("full", "topk") or objective.divergence != "reverse_kl":
+        _refuse(
+            "sampling.max_policy_lag",
+            f'{lag} with estimator = "{objective.estimator}", divergence = "{objective.divergence}"',
+            "the sampled estimator, whose importance ratios correct for the older weights that wrote the tokens",
+            'use estimator = "sampled", or max_policy_lag = 0',
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from understudy.config import RowsConfig
+from understudy.config import PromptsConfig, RowsConfig
 from understudy.errors import ConfigError
 from understudy.rows import Row, read_rows
 from understudy.tokenization import ModelText
@@ -99,11 +99,12 @@ def _prompt(row: Row, config: RowsConfig, student: ModelText, teachers: Mapping[
             'either "prompt" or "messages"',
             "rename columns with prompts.columns",
         )
-    teacher = row.text("teacher") or "default"
+    task = row.text("task") or task
+    routes = config.teacher_of_task if isinstance(config, PromptsConfig) else {}
+    named = row.text("teacher") or routes.get(task)
+    teacher = named or "default"
     if teachers and teacher not in teachers:
-        got = (
-            f"teacher {teacher!r}" if row.text("teacher") else 'no "teacher", and there is no [teacher] to fall back on'
-        )
+        got = f"teacher {teacher!r}" if named else 'no "teacher", and there is no [teacher] to fall back on'
         raise row.error(got, f'"teacher": one of {sorted(teachers)}', f"name one, or add [teachers.{teacher}]")
     if messages is not None:
         prompt_ids = render_messages(row, messages, config, student)
@@ -119,7 +120,7 @@ def _prompt(row: Row, config: RowsConfig, student: ModelText, teachers: Mapping[
         index=row.index,
         prompt_ids=prompt_ids,
         text=text,
-        task=row.text("task") or task,
+        task=task,
         answer=None if answer is None else str(answer),
         teacher=teacher,
         teacher_prompt_ids=teacher_ids,

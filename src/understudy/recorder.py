@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from understudy.backends.protocols import Teacher, Trainer
+from understudy.checkpoints import checkpoint_path
 from understudy.progress import StepProgress
 from understudy.rollout_store import rollout_record
 from understudy.runs import RunFolder, StopRequest
-from understudy.teacher_scores import score_rollouts
+from understudy.teacher_scores import score_reachable
 from understudy.tokenization import ModelText
 from understudy.types import ScoredRollout, Scores, TokenSequence, TopkScores, TrainingExample
 
@@ -30,11 +31,14 @@ class Recorder:
         student: ModelText,
         evaluate: Callable[[], Mapping[str, float]],
         stop: StopRequest,
+        may_be_away: frozenset[str] = frozenset(),
         quiet: bool = False,
     ) -> None:
         self._folder, self._config, self._trainer, self._teachers = folder, config, trainer, teachers
         self._student, self._evaluate, self._stop = student, evaluate, stop
+        self._may_be_away = may_be_away
         self.first_step = folder.first_step
+        self.last_step = folder.first_step
         self.last_row: dict[str, Any] = folder.last_row()
         self.interrupted_at: int | None = None
         self._progress = StepProgress(
@@ -42,18 +46,23 @@ class Recorder:
         )
 
     def start(self) -> None:
-        """Evaluate the untrained student, once per run."""
+        """Evaluate the untrained student, once per run; or the student that a run could not evaluate before it
+        ended."""
         if self._folder.checkpoint is None and self._config.evaluation.tasks:
             self._progress.update(self._folder.record(0, self._evaluate()))
+        elif self._folder.owes_evaluation:
+            self.last_row = self._folder.amend(self._evaluate())
 
-    def finish_step(self, step: int, row: Mapping[str, Any]) -> Literal["go on", "stop"]:
-        """Evaluate when due, log, save when due or asked to stop."""
-        config = self._config
+    def record(self, step: int, row: Mapping[str, Any]) -> None:
+        """Log an update as soon as it is made. From here on the run can go on after it, whatever fails next."""
+        self.last_row, self.last_step = self._folder.record(step, row), step
+
+    def finish_step(self) -> Literal["go on", "stop"]:
+        """Evaluate when due, save when due or asked to stop."""
+        step, config = self.last_step, self._config
         last = step == config.optim.num_steps
-        every = config.evaluation.every
-        if config.evaluation.tasks and (last or (every and step % every == 0)):
-            row = {**row, **self._evaluate()}
-        self.last_row = self._folder.record(step, row)
+        if self._folder.evaluation_is_due(step):
+            self.last_row = self._folder.amend(self._evaluate())
         self._progress.update(self.last_row)
         if last or self._stop.requested or step % config.checkpoints.every == 0:
             self._folder.save_checkpoint(step, self._trainer, self._student.tokenizer)
@@ -61,6 +70,15 @@ class Recorder:
             self.interrupted_at = step
             return "stop"
         return "go on"
+
+    def save_last_update(self) -> int:
+        """Put the last update into a checkpoint, where it is not in one yet. Returns the step to go on after."""
+        if (
+            self.last_step > self.first_step
+            and not checkpoint_path(self._folder.checkpoints_path, self.last_step).exists()
+        ):
+            self._folder.save_checkpoint(self.last_step, self._trainer, self._student.tokenizer)
+        return self.last_step
 
     def keep_rollouts(self, step: int, scored: Sequence[ScoredRollout], examples: Sequence[TrainingExample]) -> None:
         """Store the first few of a step's rollouts with all log-probabilities, before the step changes the weights."""
@@ -71,7 +89,8 @@ class Recorder:
         sequences = [TokenSequence(s.rollout.prompt.prompt_ids, s.rollout.completion_ids) for s in kept]
         alternatives: Sequence[Any] = [None] * len(kept)
         if topk := self._alternatives():
-            alternatives = score_rollouts(self._teachers, [s.rollout for s in kept], "topk", topk=topk)
+            rollouts = [s.rollout for s in kept]
+            alternatives = score_reachable(self._teachers, rollouts, "topk", topk=topk, may_be_away=self._may_be_away)
         logprobs = self._trainer.compute_logprobs(sequences)
         columns = zip(kept, examples[: len(kept)], logprobs, alternatives, strict=True)
         self._folder.save_rollouts(

@@ -33,3 +33,36 @@ def sample_rollouts(
                     "with a lower optim.learning_rate"
                 )
     return groups
+
+
+def within_lag(
+    rollouts: Sequence[Rollout], step: int, sampling: SamplingConfig
+) -> tuple[list[Rollout], dict[str, float]]:
+    """What step ``step`` trains on, and how old it is: policy_lag/... in updates, of all rollouts.
+
+    A rollout is as old as the oldest weights that wrote a part of it. Those older than ``sampling.max_policy_lag`` stay
+    with ``stale = "correct"``; with "drop" their whole groups go. Nothing is said of age where none is allowed and none
+    is found.
+
+    Raises:
+        RunError: nothing is left.
+    """
+    ages = [step - rollout.policy_version_start for rollout in rollouts]
+    stale = [age > sampling.max_policy_lag for age in ages]
+    if sampling.max_policy_lag == 0 and not any(ages):
+        return list(rollouts), {}
+    size = sampling.group_size
+    dropped = [sampling.stale == "drop" and any(stale[i - i % size :][:size]) for i in range(len(rollouts))]
+    kept = [rollout for rollout, drop in zip(rollouts, dropped, strict=True) if not drop]
+    if not kept:
+        raise RunError(
+            f"step {step}: every group holds a completion that is older than {sampling.max_policy_lag} updates, up to "
+            f'{max(ages)}; raise sampling.max_policy_lag, or set sampling.stale = "correct"'
+        )
+    corrected = sum(old and not drop for old, drop in zip(stale, dropped, strict=True))
+    return kept, {
+        "policy_lag/mean": sum(ages) / len(ages),
+        "policy_lag/max": float(max(ages)),
+        "policy_lag/corrected_share": corrected / len(ages),
+        "policy_lag/dropped_share": sum(dropped) / len(ages),
+    }

@@ -28,6 +28,7 @@ from understudy.checkpoints import (
     write_json,
 )
 from understudy.config import RunConfig
+from understudy.config_served import ServerConfig
 from understudy.costs import CostLedger
 from understudy.errors import ConfigError
 from understudy.metrics import MetricsLog, read_metrics
@@ -47,6 +48,10 @@ RESUMABLE = (
     "evaluation",
     "rollouts",
 )
+
+# How a server is reached may change too: a run goes on when its teacher has moved.
+_OF_SERVERS = (*ServerConfig.model_fields, "cache", "cache_gib", "when_away", "weights_dir")
+_ROLE = r"(teacher|reference|sampler|teachers\.[^.]+)"
 
 # Keys whose absence means "auto".
 _AUTO_WHEN_ABSENT = ("objective.reward_coef", "sampling.stop_token_ids")
@@ -166,6 +171,9 @@ class RunFolder:
         for section, key in (name.split(".") for name in RESUMABLE if "." in name):
             part = changes.get(section, getattr(stored, section))
             changes[section] = part.model_copy(update={key: getattr(getattr(config, section), key)})
+        for role in ("teacher", "reference", "sampler"):
+            changes[role] = _moved(getattr(stored, role), getattr(config, role))
+        changes["teachers"] = {name: _moved(old, config.teachers[name]) for name, old in stored.teachers.items()}
         return stored.model_copy(update=changes), stored.optim.num_steps
 
     def _refuse_another_run(self, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -178,6 +186,9 @@ class RunFolder:
         for key in sorted(stored.keys() | given.keys()):
             old, new = stored.get(key), given.get(key)
             free = any(key == name or key.startswith(f"{name}.") for name in ("output_dir", *RESUMABLE))
+            # But it stays a server, or in this process.
+            moved = re.fullmatch(rf"{_ROLE}\.({'|'.join(_OF_SERVERS)})(\..*)?", key)
+            free = free or (moved is not None and not (moved[2] == "url" and None in (old, new)))
             # "auto" was resolved when the run began, and stays what it was resolved to.
             auto = new == "auto" or (new is None and key in _AUTO_WHEN_ABSENT)
             if old != new and not auto and not free:
@@ -217,6 +228,25 @@ class RunFolder:
         write_json(self.path / "costs.json", self.costs.to_json())
         return full
 
+    def amend(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Add metrics to the newest row, with what they cost."""
+        row = self.last_row()
+        self.metrics.truncate_after(row["step"] - 1)
+        return self.record(row.pop("step"), {**row, **metrics})
+
+    def evaluation_is_due(self, step: int) -> bool:
+        """After step ``step``: every so many steps, and after the last."""
+        evaluation = self.config.evaluation
+        regular = bool(evaluation.every) and step % evaluation.every == 0
+        return bool(evaluation.tasks) and (regular or step == self.config.optim.num_steps)
+
+    @property
+    def owes_evaluation(self) -> bool:
+        """Whether the step to go on after was to be evaluated, and was not."""
+        row = self.last_row()
+        due = self.checkpoint is not None and self.evaluation_is_due(self.first_step)
+        return due and row.get("step") == self.first_step and not any(name.startswith("eval/") for name in row)
+
     def last_row(self) -> dict[str, Any]:
         """The newest row of metrics; empty before the first."""
         rows = read_metrics(self.metrics.path) if self.metrics.path.exists() else []
@@ -233,6 +263,13 @@ class RunFolder:
         flush(self.metrics.path)  # a checkpoint must not outlive the rows before it
         keep = self.config.checkpoints.keep
         return save_checkpoint(self.checkpoints_path, step, trainer, tokenizer, extra, keep=keep)
+
+
+def _moved(stored: ServerConfig | None, given: ServerConfig | None) -> ServerConfig | None:
+    """The stored role, reached as the new configuration says."""
+    if stored is None or given is None:
+        return stored
+    return stored.model_copy(update={key: getattr(given, key) for key in _OF_SERVERS if hasattr(given, key)})
 
 
 def remove_run(path: Path) -> None:

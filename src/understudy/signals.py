@@ -30,7 +30,8 @@ class Needs:
 def resolve_estimator(config: RunConfig, teachers: Mapping[str, Teacher]) -> RunConfig:
     """ "auto" settled, and the choice checked against what the teachers can give.
 
-    auto is full where every teacher can give hidden states and nothing asks for sampled, else sampled.
+    auto is full where every teacher can give hidden states and nothing asks for sampled, else sampled. Older weights'
+    tokens ask for it: only a signal on them can be corrected for who wrote them.
 
     Raises:
         ConfigError: teachers that cannot give what the objective needs.
@@ -41,20 +42,21 @@ def resolve_estimator(config: RunConfig, teachers: Mapping[str, Teacher]) -> Run
         return config.model_copy(update={"objective": objective.model_copy(update=update)})
     in_process = all("hidden" in teacher.kinds for teacher in teachers.values())
     if objective.estimator == "auto":
-        full = in_process and not objective.asks_for_sampled
+        full = in_process and not objective.asks_for_sampled and config.sampling.max_policy_lag == 0
         objective = objective.model_copy(update={"estimator": "full" if full else "sampled"})
     _check_teachers(objective, teachers, in_process)
     return config.model_copy(update={"objective": objective})
 
 
 def _check_teachers(objective: ObjectiveConfig, teachers: Mapping[str, Teacher], in_process: bool) -> None:
-    kind = score_needs(objective).teacher
+    kind = score_needs(objective, teachers).teacher
     if kind == "hidden" and not in_process:
         key = {"sampled": "baseline", "full": "estimator", "topk": "topk_set"}[objective.estimator]
         raise ConfigError(
             f"objective.{key}",
             got=f'"{getattr(objective, key)}" with a teacher that gives log-probabilities of written tokens only',
-            expected="teachers in this process, whose hidden states give every token's probability",
+            expected="teachers in this process or behind `understudy serve teacher`, whose hidden states give every "
+            "token's probability",
             remedy='use topk_set = "teacher"' if key == "topk_set" else 'use estimator = "sampled", without a baseline',
         )
     if objective.estimator == "sampled" and objective.divergence != "reverse_kl":
@@ -77,11 +79,16 @@ def _check_teachers(objective: ObjectiveConfig, teachers: Mapping[str, Teacher],
             )
 
 
-def score_needs(objective: ObjectiveConfig) -> Needs:
-    """What teachers and reference must send, for a resolved estimator."""
+def score_needs(objective: ObjectiveConfig, teachers: Mapping[str, Teacher] = {}) -> Needs:
+    """What teachers and reference must send, for a resolved estimator. The student's own top-k set is asked for id by
+    id where all teachers can, and looked up in hidden states elsewhere."""
     sampled = objective.estimator == "sampled"
+    can_choose = bool(teachers) and all("chosen" in teacher.kinds for teacher in teachers.values())
+    teacher: ScoreKind
     if objective.estimator == "topk" and objective.topk_set == "teacher":
-        teacher: ScoreKind = "topk"
+        teacher = "topk"
+    elif objective.estimator == "topk" and objective.topk_set == "student" and can_choose:
+        teacher = "chosen"
     else:
         teacher = "hidden" if not sampled or objective.baseline else "sampled"
     return Needs(teacher, "sampled" if sampled else "hidden", objective.topk)
@@ -101,6 +108,7 @@ def credit_rules(config: RunConfig, *, special_ids: frozenset[int]) -> CreditRul
         span=objective.tokens.span,
         half_life=objective.tokens.half_life,
         masked_ids=special_ids if objective.tokens.mask_special else frozenset(),
+        compare_sampler=config.sampler is not None,
         **{name: getattr(objective, name) for name in same},
     )
 
@@ -114,14 +122,14 @@ def build_objective(config: RunConfig, teachers: Mapping[str, Any], reference: A
         policy_loss=_policy_loss(objective),
         baseline_heads=heads if objective.baseline else None,
         baseline_coef=objective.kl_coef,
+        live_coef=_live_coef(config),
     )
     if objective.estimator == "sampled":
         return policy
     if objective.estimator == "topk":
         k, coef = objective.topk, objective.kl_coef
-        parts: list[Objective] = [
-            TopkDivergence(k, objective.topk_set, objective.tail, coef, temperature, heads or None)
-        ]
+        looked_up = heads if score_needs(objective, teachers).teacher == "hidden" else None
+        parts: list[Objective] = [TopkDivergence(k, objective.topk_set, objective.tail, coef, temperature, looked_up)]
     else:
         divergence = Divergence(objective.divergence, objective.beta, objective.skew, objective.entropy_threshold)
         parts = [FullDivergence(heads, objective.kl_coef * objective.extrapolation, temperature, divergence)]
@@ -130,9 +138,20 @@ def build_objective(config: RunConfig, teachers: Mapping[str, Any], reference: A
     if coef != 0:
         assert reference is not None
         parts.append(FullDivergence({"reference": reference.head}, coef, temperature, REVERSE_KL, "reference"))
-    if config.reward_coef > 0:
+    # A sampler of its own weights is watched: its advantages are zero where there are no rewards.
+    if config.reward_coef > 0 or config.sampler is not None:
         parts.append(policy)
     return parts[0] if len(parts) == 1 else Mixture(parts)
+
+
+def _live_coef(config: RunConfig) -> float:
+    """What log p counts for in the advantages, where older weights may have written and it stands for itself alone."""
+    objective = config.objective
+    per_token = objective.discount == 0 and objective.signal_clip is None and objective.control == "none"
+    taught = bool(config.all_teachers)
+    if config.sampling.max_policy_lag == 0 or not per_token or objective.estimator != "sampled":
+        return 0.0
+    return (objective.kl_coef if taught else 0.0) + objective.anchor_coef
 
 
 def _policy_loss(objective: ObjectiveConfig) -> PolicyLoss:

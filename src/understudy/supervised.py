@@ -56,7 +56,8 @@ def supervised_loop(parts: Parts, examples: Examples, recorder: Recorder) -> Non
         batches = micro_batches(chosen, **parts.batching)
         learning_rate = learning_rate_at(config.optim, step)
         update = optimizer_step(parts.trainer, batches, CrossEntropy(), learning_rate=learning_rate)
-        if recorder.finish_step(step + 1, {"optim/learning_rate": learning_rate, **update_metrics(update)}) == "stop":
+        recorder.record(step + 1, {"optim/learning_rate": learning_rate, **update_metrics(update)})
+        if recorder.finish_step() == "stop":
             return
 
 

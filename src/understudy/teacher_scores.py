@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from understudy.backends.protocols import Teacher
-from understudy.errors import RunError
+from understudy.errors import RunError, ServerUnavailable
 from understudy.types import Rollout, ScoreKind, Scores, TokenSequence, TopkScores
+
+log = logging.getLogger("understudy")
 
 
 def teacher_view(rollout: Rollout) -> TokenSequence:
@@ -18,23 +22,70 @@ def teacher_view(rollout: Rollout) -> TokenSequence:
     return TokenSequence(prompt_ids, rollout.completion_ids)
 
 
+Ids = Sequence[Sequence[Sequence[int]]]  # [rollout][position][k]
+
+
 def score_rollouts(
-    teachers: Mapping[str, Teacher], rollouts: Sequence[Rollout], kind: ScoreKind, *, topk: int = 0
+    teachers: Mapping[str, Teacher],
+    rollouts: Sequence[Rollout],
+    kind: ScoreKind,
+    *,
+    topk: int = 0,
+    ids: Ids | None = None,
 ) -> list[Scores]:
-    """Every rollout marked by the teacher its prompt names, in the given order.
+    """Every rollout marked by the teacher its prompt names, in the given order. ``ids``: for kind "chosen".
 
     Raises RunError naming the rollout when a score is missing, misaligned or not finite: never a zero in its place.
     """
     scores: list[Scores | None] = [None] * len(rollouts)
-    for name in sorted({rollout.prompt.teacher for rollout in rollouts}):
-        own = [i for i, rollout in enumerate(rollouts) if rollout.prompt.teacher == name]
-        answers = teachers[name].score([teacher_view(rollouts[i]) for i in own], kind, topk=topk)
+    for name, own in _by_teacher(rollouts).items():
+        asked: dict[str, Any] = {} if ids is None else {"ids": [ids[i] for i in own]}
+        answers = teachers[name].score([teacher_view(rollouts[i]) for i in own], kind, topk=topk, **asked)
         for i, score in zip(own, answers, strict=True):
             _check(score, rollouts[i], f"teacher {name!r}")
             if isinstance(score, TopkScores):
                 _check_topk(score, rollouts[i], f"teacher {name!r}", topk)
             scores[i] = score
     return [score for score in scores if score is not None]
+
+
+def score_reachable(
+    teachers: Mapping[str, Teacher],
+    rollouts: Sequence[Rollout],
+    kind: ScoreKind,
+    *,
+    topk: int = 0,
+    ids: Ids | None = None,
+    may_be_away: frozenset[str] = frozenset(),
+) -> list[Scores | None]:
+    """``score_rollouts``, with None for those of a teacher that ``may_be_away``, and is.
+
+    Raises:
+        ServerUnavailable: a teacher is away that may not be, or all are.
+    """
+    scores: list[Scores | None] = [None] * len(rollouts)
+    away: ServerUnavailable | None = None
+    for name, own in _by_teacher(rollouts).items():
+        try:
+            asked = None if ids is None else [ids[i] for i in own]
+            answers = score_rollouts(teachers, [rollouts[i] for i in own], kind, topk=topk, ids=asked)
+        except ServerUnavailable as error:
+            if name not in may_be_away:
+                raise
+            away = error
+            log.warning("teacher %r is away, %d completions go unmarked: %s", name, len(own), error)
+            continue
+        for i, score in zip(own, answers, strict=True):
+            scores[i] = score
+    if away is not None and not any(scores):
+        raise away
+    return scores
+
+
+def _by_teacher(rollouts: Sequence[Rollout]) -> dict[str, list[int]]:
+    """Which rollouts are whose."""
+    names = sorted({rollout.prompt.teacher for rollout in rollouts})
+    return {name: [i for i, r in enumerate(rollouts) if r.prompt.teacher == name] for name in names}
 
 
 def score_reference(reference: Teacher, rollouts: Sequence[Rollout], kind: ScoreKind) -> list[Scores]:

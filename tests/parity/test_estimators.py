@@ -71,6 +71,10 @@ EXACT: list[tuple[Mapping[str, Any], str]] = [
     *(({"estimator": name, "extrapolation": 1.25}, "KL(p‖q^1.25 r^-0.25)") for name in ("sampled", "full")),
     *(({"estimator": name, "anchor_coef": 0.5}, "KL(p‖q) + 0.5 KL(p‖r)") for name in ("sampled", "full")),
     *(({"estimator": name, "reward_coef": 1.0}, "KL(p‖q) − ½ expected reward") for name in ("sampled", "full")),
+    ({"estimator": "sampled", "max_policy_lag": 3}, REVERSE),
+    ({"estimator": "sampled", "max_policy_lag": 3, "baseline": True}, REVERSE),
+    ({"estimator": "sampled", "max_policy_lag": 1, "anchor_coef": 0.5}, "KL(p‖q) + 0.5 KL(p‖r)"),
+    ({"estimator": "sampled", "max_policy_lag": 1, "extrapolation": 1.25}, "KL(p‖q^1.25 r^-0.25)"),
     ({"control": "shuffled_teacher"}, "zero"),
     *(({"estimator": name, "tokens": {"first": 2}}, "KL(p‖q) of the first two tokens") for name in ("sampled", "full")),
     *(
@@ -169,6 +173,8 @@ def test_a_sampler_that_lags_behind(seed: int) -> None:
     found = {str(o): outcomes(world, o, sampler=world.reference).expectation for o in LAGGING}
     torch.testing.assert_close(found[str({"estimator": "full"})], at_sampler, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(found[str({"estimator": "sampled"})], marked, rtol=1e-10, atol=1e-12)
+    live = found.pop(str({"estimator": "sampled", "max_policy_lag": 1}))
+    torch.testing.assert_close(live, at_sampler, rtol=1e-10, atol=1e-12)
     others = list(found.values())[1:]
     for i, one in enumerate(others):
         for other in others[i + 1 :]:

@@ -55,8 +55,10 @@ class Witness:
         self.rollouts.append(scored)
         self.examples.append(examples)
 
-    def finish_step(self, step: int, row: dict[str, float]) -> str:
+    def record(self, step: int, row: dict[str, float]) -> None:
         self.rows.append(row)
+
+    def finish_step(self) -> str:
         return "continue"
 
 

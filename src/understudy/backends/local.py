@@ -243,13 +243,19 @@ class LocalTrainer:
             fused=True,
         )
 
-    @torch.no_grad()
     def compute_logprobs(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:
         """See ``Trainer.compute_logprobs``."""
-        marker = LocalTeacher(
+        return self._marker().compute_logprobs(sequences)
+
+    def topk_ids(self, sequences: Sequence[TokenSequence], k: int) -> list[Sequence[Sequence[int]]]:
+        """See ``Trainer.topk_ids``."""
+        return [score.ids for score in self._marker().score(sequences, "topk", topk=k) if isinstance(score, TopkScores)]
+
+    def _marker(self) -> LocalTeacher:
+        """The live weights as a teacher."""
+        return LocalTeacher(
             self.model, temperature=self._temperature, batch_tokens=self._batch_tokens, autocast=self._autocast
         )
-        return marker.compute_logprobs(sequences)
 
     def forward_backward(self, batch: Batch, objective: Objective) -> LossOutput:
         """See ``Trainer.forward_backward``."""

@@ -40,7 +40,10 @@ class Teacher(Protocol):
         ...
 
     def score(self, sequences: Sequence[TokenSequence], kind: ScoreKind, *, topk: int = 0) -> list[Scores]:
-        """Scores of one kind per sequence; ``topk``: how many alternatives, for kind "topk"."""
+        """Scores of one kind per sequence; ``topk``: how many alternatives, for kind "topk".
+
+        A teacher with kind "chosen" also takes ``ids`` [sequence][position][k], and then gives ``TopkScores`` of these.
+        """
         ...
 
 
@@ -49,6 +52,13 @@ class Trainer(Protocol):
 
     def compute_logprobs(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:
         """Log-probabilities under the live weights, without gradient."""
+        ...
+
+    def topk_ids(self, sequences: Sequence[TokenSequence], k: int) -> list[Sequence[Sequence[int]]]:
+        """The live weights' ``k`` most likely tokens at every completion position: [sequence][position][k].
+
+        Called for ``objective.topk_set = "student"`` with teachers that mark chosen ids; others may leave it out.
+        """
         ...
 
     def forward_backward(self, batch: Batch, objective: Objective) -> LossOutput:

@@ -87,8 +87,11 @@ def reward_of(completion: Ids) -> float:
 
 
 def run_config(objective: Mapping[str, Any]) -> RunConfig:
-    """A run with this [objective], in one process, with a reward where it asks for one."""
+    """A run with this [objective], in one process, with a reward where it asks for one. ``max_policy_lag`` may stand
+    among its keys."""
     model = TeacherConfig(model="table")
+    objective = dict(objective)
+    lag = objective.pop("max_policy_lag", 0)
     measures = objective.get("extrapolation", 1.0) != 1 or objective.get("anchor_coef", 0.0) != 0
     return RunConfig.model_validate(
         {
@@ -98,7 +101,7 @@ def run_config(objective: Mapping[str, Any]) -> RunConfig:
             "reference": model if measures else None,
             "prompts": PromptsConfig(path="none"),
             "reward": RewardConfig(grader="none") if objective.get("reward_coef") else None,
-            "sampling": {"group_size": 2},
+            "sampling": {"group_size": 2, "max_policy_lag": lag},
             "objective": objective,
         }
     )

@@ -21,6 +21,7 @@ from understudy.estimators.measure import (
     outcomes,
     refused_outcomes,
     reward_of,
+    run_config,
 )
 from understudy.estimators.tabular import World, candidates, lagging_candidates, random_world
 from understudy.signals import score_needs
@@ -68,6 +69,7 @@ WEIGHTINGS: Sequence[_Objective] = (
 LAGGING: Sequence[_Objective] = (
     {"estimator": "full"},
     {"estimator": "sampled"},
+    {"estimator": "sampled", "max_policy_lag": 1},
     {"max_importance_ratio": 1.5},
     {"importance_band": [0.5, 2.0]},
     {"loss": "ppo"},
@@ -221,7 +223,7 @@ def _table(rows: Sequence[tuple[str | _Objective, Finding]], full: Finding) -> s
 def _price(objective: _Objective) -> list[str]:
     """Bytes and GFLOP for a token, with 32 alternatives where there are any."""
     shown = {**objective, **({"topk": 32} if "topk" in objective else {})}
-    config = ObjectiveConfig.model_validate(shown)
+    config = run_config(shown).objective
     settled = "sampled" if config.asks_for_sampled else "full"
     config = config if config.estimator != "auto" else config.model_copy(update={"estimator": settled})
     flops = extra_flops(config, rewarded=bool(config.reward_coef))
