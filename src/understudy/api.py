@@ -84,7 +84,8 @@ def rl(
 def sft(config: RunConfig, *, trainer: Trainer | None = None, resume: bool = False, quiet: bool = False) -> RunResult:
     """Supervised fine-tuning on chats, prompt-completion pairs or documents. Raises as ``distill``."""
     given = Given(trainer=trainer)
-    config = _without_teachers(config)
+    # Evaluations sample here: nothing is sampled that would be worth a server.
+    config = _without_teachers(config).model_copy(update={"sampler": None})
     checked = check_run(config, "sft")
     examples = load_examples(config, checked.rows, checked.student, checked.stop_ids)
 

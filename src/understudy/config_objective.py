@@ -29,7 +29,8 @@ class ObjectiveConfig(Section):
     estimator: Literal["auto", "sampled", "full", "topk"] = "auto"
     """sampled: the reverse KL of the written token, as advantage. full: a divergence over the whole vocabulary; for
     reverse_kl the same expected gradient, less variance. topk: reverse KL on the most likely tokens. auto: full where
-    every teacher is in process and nothing asks for sampled (discount, signal_clip, baseline, control, another loss);
+    every teacher gives hidden states and nothing asks for sampled (discount, signal_clip, baseline, control, another
+    loss, a policy lag);
     else sampled."""
     divergence: Literal["reverse_kl", "forward_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "entropy_gated"] = (
         "reverse_kl"
@@ -44,12 +45,13 @@ class ObjectiveConfig(Section):
     topk: int = Field(default=32, ge=1)
     """Tokens per position of the topk estimator."""
     topk_set: Literal["teacher", "student", "union"] = "teacher"
-    """Whose most likely tokens; student and union need teachers in this process."""
+    """Whose most likely tokens; student and union need teachers in this process, or behind `understudy serve
+    teacher`."""
     tail: Literal["bucket", "renormalize", "stop_gradient"] = "bucket"
     """The mass outside the top k: one more class; divided out; or left out, with the log-ratio a constant."""
     baseline: bool = False
     """Subtract the exact KL(p || q) of each position from the sampled reverse_kl: same expectation, and less variance
-    with a vocabulary of some size. Needs teachers in this process. `sampled` only."""
+    with a vocabulary of some size. Needs teachers that give hidden states. `sampled` only."""
     kl_coef: float = Field(default=1.0, ge=0)
     """Weight of the teacher's signal."""
     discount: float = Field(default=0.0, ge=0, le=1)

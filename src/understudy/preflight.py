@@ -124,6 +124,13 @@ def _texts(config: RunConfig, method: Method) -> tuple[ModelText, dict[str, Mode
     """Who reads, who marks, who is the reference: `generate` has only a writer, `sft` and `eval` only a student."""
     if method == "generate":
         assert config.teacher is not None
+        if config.teacher.url is not None:
+            raise ConfigError(
+                "teacher.url",
+                got=config.teacher.url,
+                expected="a teacher in this process: `generate` writes with its weights",
+                remedy="drop url and name the checkpoint in teacher.model",
+            )
         return load_text(config.teacher.model, "teacher"), {}, None
     student = load_text(config.student.model, "student")
     if method in ("sft", "eval"):

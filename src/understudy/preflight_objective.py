@@ -12,6 +12,7 @@ from understudy.errors import ConfigError
 def check_objective(config: RunConfig, method: str, rewarded: bool) -> None:
     """Raise ConfigError for what cannot work or would have no effect in ``distill`` and ``rl``."""
     _check_sampling(config)
+    _check_servers(config)
     _check_lag(config)
     _check_rewards(config, method, rewarded)
     if method == "distill":
@@ -39,6 +40,20 @@ def _check_sampling(config: RunConfig) -> None:
             "no truncation in training: the written tokens' probabilities would not be the trained ones",
             "drop top_p and top_k; [[evaluation.tasks]] and `generate` may use them",
         )
+
+
+def _check_servers(config: RunConfig) -> None:
+    roles = {f"teacher {name!r}": role for name, role in config.all_teachers.items()} | {"reference": config.reference}
+    for name, role in roles.items():
+        if role is not None and role.url is not None and config.sampling.temperature != 1:
+            _refuse(
+                "sampling.temperature",
+                f"{config.sampling.temperature:g} with {name} at {role.url}",
+                "1: servers score at temperature 1, and the reverse KL would compare two different distributions",
+                "set sampling.temperature = 1, or bring the teacher into this process",
+            )
+        if role is not None and role.url is None and role.when_away == "skip":
+            _refuse(f"{name}: when_away", '"skip" without a url', "a teacher on a server", "drop it")
 
 
 def _check_lag(config: RunConfig) -> None:

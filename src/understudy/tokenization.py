@@ -153,9 +153,10 @@ def _check_folder(folder: Path, role: str) -> None:
 
 
 def check_same_tokens(student: ModelText, teacher: ModelText, *, role: str = "teacher") -> None:
-    """Raise ConfigError unless every id means the same token to both. Widths may differ: padding rows mean nothing.
-    ``role``: what errors call the second one."""
+    """Raise ConfigError unless every id means the same token to both, and stands for the same text. Widths may differ:
+    padding rows mean nothing. ``role``: what errors call the second one."""
     if student.vocab == teacher.vocab:
+        _check_same_texts(student, teacher, role)
         return
     tokens = sorted(student.vocab.keys() | teacher.vocab.keys(), key=lambda t: (student.vocab.get(t, 1 << 40), t))
     different = [t for t in tokens if student.vocab.get(t) != teacher.vocab.get(t)]
@@ -169,6 +170,24 @@ def check_same_tokens(student: ModelText, teacher: ModelText, *, role: str = "te
         expected=f"the same token-to-id map: the {role} scores the student's token ids",
         remedy=f"use a {role} of the student's model family, or train the student on its text with `understudy sft`",
     )
+
+
+def _check_same_texts(student: ModelText, teacher: ModelText, role: str) -> None:
+    """One map of tokens may be read by two decoders: completions that both read alike are the same to both."""
+    ids = sorted(student.vocab.values())
+    for start in range(0, len(ids), 256):
+        part = ids[start : start + 256]
+        if student.tokenizer.decode(part) == teacher.tokenizer.decode(part):
+            continue
+        for token in part:  # several may differ in how they are joined alone
+            own, other = (text.tokenizer.decode([token]) for text in (student, teacher))
+            if own != other:
+                raise ConfigError(
+                    f"tokenizers of student {student.name} and {role} {teacher.name}",
+                    got=f"token {token} reads {own!r} for the student and {other!r} for the {role}",
+                    expected=f"the same text: the {role} scores the student's token ids",
+                    remedy=f"use one tokenizer for both: save the student's beside the {role}'s weights",
+                )
 
 
 def resolve_stop_ids(

@@ -91,24 +91,25 @@ def assert_learned(out: Path) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize(
-    "sections",
-    [
-        {},
-        {"sampler": {"cache": "salt"}},
-        {"student": {"lora": {"rank": 8, "alpha": 8}}, "optim": {"learning_rate": 2e-2}},
-    ],
-    ids=["full", "full, salted", "lora"],
-)
+@pytest.mark.parametrize("cache", ["reset", "salt"])
 def test_the_loop_on_two_servers(
-    sections: dict[str, Any], world: Path, student: VllmServer, teacher: VllmServer, tmp_path: Path
+    cache: str, world: Path, student: VllmServer, teacher: VllmServer, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    done = distill(toml(world, out, student, teacher, **sections))
+    done = distill(toml(world, out, student, teacher, sampler={"cache": cache}))
     assert done.returncode == 0, done.stderr[-4000:]
     rows = assert_learned(out)
     assert max(row["ratio/abs_log_max"] for row in rows) < EXACT
     assert not (out / "sampler_weights").exists() or not list((out / "sampler_weights").iterdir())
+
+
+def test_the_loop_with_adapters(world: Path, adapted: VllmServer, teacher: VllmServer, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    sections = {"student": {"lora": {"rank": 8, "alpha": 8}}, "optim": {"learning_rate": 2e-2}}
+    done = distill(toml(world, out, adapted, teacher, **sections))
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = assert_learned(out)
+    assert max(row["ratio/abs_log_max"] for row in rows) < EXACT
 
 
 def test_sampling_ahead(world: Path, student: VllmServer, teacher: VllmServer, tmp_path: Path) -> None:
