@@ -42,6 +42,7 @@ class Engine:
         self.cache: dict[tuple[Any, ...], list[tuple[list[int], Any]]] = {}  # by whose entries they are
         self.running = asyncio.Event()
         self.running.set()
+        self.caches = True
 
     def load_adapter(self, name: str, path: str) -> None:
         from peft import PeftModel
@@ -79,6 +80,8 @@ class Engine:
     def _cached(self, owner: tuple[Any, ...], prompt: list[int]) -> tuple[Any, int]:
         """Keys and values of the longest part of the prompt that is there, whatever weights they are from."""
         best, found = 0, None
+        if not self.caches:
+            return DynamicCache(), 0
         for ids, cache in self.cache.get(owner, []):
             same = next(
                 (i for i, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b), min(len(ids), len(prompt))
@@ -109,7 +112,8 @@ class FakeVllm:
 
     ``asked``: (path, body) of every request. ``canned``: what a path answers instead, (status, JSON). ``mangle``
     changes replies to requests for completions. ``at``: called when the nth request to a path arrives, before it is
-    looked at. ``keeps_cache``: /reset_prefix_cache does nothing.
+    looked at. ``keeps_cache``: /reset_prefix_cache does nothing. ``caches``: prefixes are kept; without, a completion's
+    last bits do not depend on what was asked before.
     """
 
     def __init__(
@@ -127,7 +131,7 @@ class FakeVllm:
         self.canned: dict[str, tuple[int, Any]] = {}
         self.mangle: Callable[[dict[str, Any]], Any] = lambda reply: reply
         self.at: dict[tuple[str, int], Callable[[], None]] = {}
-        self.keeps_cache = False
+        self.keeps_cache, self.caches = False, True
         self.starts = 0
         self.stays_down = False
         self.port = 0
@@ -190,6 +194,7 @@ class FakeVllm:
     async def _serve(self, listening: socket.socket) -> None:
         self._loop = asyncio.get_running_loop()
         self.engine = Engine(self.checkpoint)
+        self.engine.caches = self.caches
         config = uvicorn.Config(self._app, log_config=None, lifespan="off", ws="none", http="h11")
         self._server = uvicorn.Server(config)
         self.starts += 1

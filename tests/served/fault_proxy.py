@@ -72,7 +72,8 @@ def _twice(tree: Any, draw: random.Random) -> None:
 
 def _reordered(tree: Any, draw: random.Random) -> None:
     if (results := _results(tree)) is not None:
-        draw.shuffle(results)
+        for _ in range(draw.randrange(1, max(2, len(results)))):
+            results.append(results.pop(0))
 
 
 SPOILED: dict[str, Callable[[Any, random.Random], None]] = {

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_vllm import FakeVllm
 from fault_proxy import FAULTS, Schedule, faulty
 from safetensors.torch import load_file
 from serving import listening, load_engine
@@ -22,7 +23,7 @@ from user import bpe_tokenizer, metrics, save_model, tree, write_rows
 STEPS = 3
 # Small requests, so that there are many to spoil; soon given up, so that stops are quick.
 CONNECTION = {"request_tokens": 24, "max_concurrency": 3, "timeout_seconds": 2.0, "patience_seconds": 3.0}
-APIS = ("vllm", "understudy")
+APIS = ("vllm", "understudy", "sampler")
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,7 @@ def served(world: Path) -> Iterator[str]:
 
 
 def run(world: Path, out: Path, url: str, api: str, *, resume: bool = False) -> None:
+    """``api``: what the teacher at ``url`` speaks; or "sampler": the student's completions come from there."""
     content = tree(
         world / "student",
         None,
@@ -51,8 +53,12 @@ def run(world: Path, out: Path, url: str, api: str, *, resume: bool = False) -> 
         optim={"num_steps": STEPS},
         rollouts={"per_step": 1, "topk": 2},
     )
-    teacher = {"url": f"{url}/v1", "api": api, "connection": CONNECTION}
-    understudy.distill(RunConfig.model_validate({**content, "teacher": teacher}), quiet=True, resume=resume)
+    server = {"url": f"{url}/v1", "connection": CONNECTION}
+    if api == "sampler":
+        content |= {"teacher": {"model": str(world / "teacher")}, "sampler": server}
+    else:
+        content["teacher"] = {**server, "api": api}
+    understudy.distill(RunConfig.model_validate(content), quiet=True, resume=resume)
 
 
 def weights(run: Path) -> torch.Tensor:
@@ -61,10 +67,24 @@ def weights(run: Path) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(world: Path, served: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+def writing(world: Path) -> Iterator[str]:
+    """A sampler: equal seeds, equal completions, whatever else it writes."""
+    server = FakeVllm(world / "student")
+    server.caches = False
+    with server:
+        yield server.url.removesuffix("/v1")
+
+
+@pytest.fixture(scope="module")
+def urls(served: str, writing: str) -> dict[str, str]:
+    return {"vllm": served, "understudy": served, "sampler": writing}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world: Path, urls: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     folder = tmp_path_factory.mktemp("undisturbed")
     for api in APIS:
-        run(world, folder / api, served, api)
+        run(world, folder / api, urls[api], api)
     return {api: weights(folder / api) for api in APIS}
 
 
@@ -80,7 +100,7 @@ def disturbed(world: Path, out: Path, served: str, api: str, schedule: Schedule,
             who = str(error)
             steps = [row["step"] for row in metrics(out)] if (out / "metrics.jsonl").exists() else []
             saved = [f"step_{steps[-1]:06d}"] if steps else []
-            assert "teacher 'default'" in who or "server 'default'" in who
+            assert "'default'" in who or "sampler" in who
             assert [path.name for path in sorted((out / "checkpoints").glob("*"))][-1:] == saved
         else:
             assert torch.equal(weights(out), expected)
@@ -94,23 +114,23 @@ def disturbed(world: Path, out: Path, served: str, api: str, schedule: Schedule,
 @pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault(
-    fault: str, api: str, world: Path, served: str, undisturbed: dict[str, torch.Tensor], tmp_path: Path
+    fault: str, api: str, world: Path, urls: dict[str, str], undisturbed: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     """Each alone, often enough to meet it."""
     schedule = Schedule(seed=1, share=0.25, faults=(fault,))
-    disturbed(world, tmp_path / "run", served, api, schedule, undisturbed[api])
+    disturbed(world, tmp_path / "run", urls[api], api, schedule, undisturbed[api])
     assert schedule.done[fault] > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("api", APIS)
 def test_hundreds_of_schedules(
-    api: str, world: Path, served: str, undisturbed: dict[str, torch.Tensor], tmp_path: Path
+    api: str, world: Path, urls: dict[str, str], undisturbed: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     ends: Counter[str] = Counter()
     for seed in range(150):
         schedule = Schedule(seed, share=0.02 + 0.1 * (seed % 4))
-        ends[disturbed(world, tmp_path / str(seed), served, api, schedule, undisturbed[api])] += 1
+        ends[disturbed(world, tmp_path / str(seed), urls[api], api, schedule, undisturbed[api])] += 1
     print(dict(ends))
     assert ends["equal"] > 50
     assert ends["stopped"] > 10

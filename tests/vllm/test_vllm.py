@@ -60,7 +60,7 @@ def test_marks_are_those_of_the_model(world: Path, teacher: VllmServer) -> None:
         served.close()
 
 
-def toml(world: Path, out: Path, student: VllmServer, teacher: VllmServer, **sections: Any) -> Path:
+def toml(world: Path, out: Path, writer: VllmServer, marker: VllmServer, **sections: Any) -> Path:
     content = tree(
         world / "student",
         None,
@@ -71,7 +71,7 @@ def toml(world: Path, out: Path, student: VllmServer, teacher: VllmServer, **sec
         rollouts={"per_step": 2, "topk": 4},
         checkpoints={"every": 100},
     )
-    content |= {"teacher": {"url": teacher.url}, "sampler": {"url": student.url, "served_model": "student"}}
+    content |= {"teacher": {"url": marker.url}, "sampler": {"url": writer.url, "served_model": "student"}}
     for name, value in sections.items():
         content[name] = {**content.get(name, {}), **value}
     return write_toml(out.with_suffix(".toml"), content)

@@ -270,10 +270,10 @@ class ServerClient:
         if lone >= LONE_ERRORS and self._last_success > started:
             raise self._error(request, f"{last} (tried {times}, while other requests were answered)", 500)
         if left <= 0 or last.after > left:
-            asked = f", and asks to wait {last.after:g} s more" if last.after > left else ""
+            asked = f", and asks to wait {last.after:g} s more" if last.after > max(left, 0) else ""
+            waited = f"no success for {patience:g} s (connection.patience_seconds), " if patience else ""
             raise ServerUnavailable(
-                f"{self._describe(request)}: no success for {patience:g} s (connection.patience_seconds), tried "
-                f"{times}; the last time: {last}{asked}",
+                f"{self._describe(request)}: {waited}tried {times}; the last time: {last}{asked}",
                 status=last.status,
             )
         if len(failures) >= 3 and now - self._last_warning >= WARNING_SECONDS:

@@ -139,8 +139,8 @@ class ServedTeacher:
             raise BadReply(f"got states for {[len(s.teacher_logprobs) for s in scores]} tokens; expected {lengths}")
         self._check_fingerprint(metadata["fingerprint"])
         _check_digests(metadata.get("digests", "").split(), pieces)
-        head, digest = self._fetched_head()
-        if metadata["head"] != digest:
+        head, head_hash = self._fetched_head()
+        if metadata["head"] != head_hash:
             raise ServerError(f"{self._who}: got states for another head than the one it sent; start the run anew")
         for score, piece in zip(scores, pieces, strict=True):
             if score.teacher_hidden.shape[1] != head.weight.shape[1] or not score.teacher_hidden.isfinite().all():
@@ -177,11 +177,11 @@ def _check_digests(told: Sequence[Any], pieces: Sequence[Piece]) -> None:
 
 def _head(reply: Reply) -> tuple[LMHead, str]:
     try:
-        head, digest = unpack_head(reply.content)
+        head, head_hash = unpack_head(reply.content)
     except ValueError as error:
         raise BadReply(str(error)) from None
     frozen = replace(head, weight=head.weight.requires_grad_(False))
-    return frozen, digest
+    return frozen, head_hash
 
 
 def _marks(entry: Any, piece: Piece, kind: ScoreKind) -> Marks:
