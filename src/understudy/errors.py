@@ -3,7 +3,9 @@
 UnderstudyError
 ├── ConfigError      bad input, found before compute is spent            exit code 2
 └── RunError         something failed while running; state is kept       exit code 1
-    └── ZeroProbabilityError    an infinite divergence, with the position where it is
+    ├── ZeroProbabilityError    an infinite divergence, with the position where it is
+    └── ServerError             a server answered wrongly for good, with its name
+        └── ServerUnavailable   a server was away for longer than its connection's patience_seconds
 """
 
 from __future__ import annotations
@@ -33,3 +35,15 @@ class RunError(UnderstudyError, RuntimeError):
 
 class ZeroProbabilityError(RunError, ValueError):
     """A divergence is infinite: one of the two models gives a token probability zero where the other does not."""
+
+
+class ServerError(RunError):
+    """A server answered wrongly for good. ``status``: the HTTP status of the answer where that is what was wrong."""
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        self.status = status
+        super().__init__(message)
+
+
+class ServerUnavailable(ServerError):
+    """A server was away, overloaded or silent for longer than patience allows."""

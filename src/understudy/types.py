@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
-ScoreKind = Literal["sampled", "topk", "hidden"]
+ScoreKind = Literal["sampled", "topk", "chosen", "hidden"]
 
 
 @dataclass(frozen=True)
