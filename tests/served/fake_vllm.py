@@ -260,6 +260,8 @@ class FakeVllm:
             return _error(400, "Both 'lora_name' and 'lora_path' must be provided.")
         if name in self.engine.adapters:
             return _error(400, f"The lora adapter '{name}' has already been loaded.")
+        if not Path(path).exists():
+            return _error(404, f"Loading lora {name} failed: No adapter found for {path}")
         try:
             self.engine.load_adapter(name, path)
         except (OSError, ValueError) as error:

@@ -241,12 +241,18 @@ def test_a_failed_load_resumes_the_server(
 
 def test_an_adapter_that_cannot_be_loaded(server: FakeVllm, make: Any, start: Path) -> None:
     message = "LoRA rank 32 is greater than max_lora_rank 16"
-    server.canned["/v1/load_lora_adapter"] = (400, {"error": {"message": "must be provided"}})
     sampler = make(lora_trainer(start), lora_rank=2)
     sampler.check()
     server.canned["/v1/load_lora_adapter"] = (500, {"error": {"message": message}})
     with pytest.raises(ServerError, match=message):
         sampler.set_policy_version(0)
+
+
+def test_a_server_that_was_started_without_adapters(server: FakeVllm, make: Any, start: Path) -> None:
+    """It has the route, and fails at every adapter."""
+    server.canned["/v1/load_lora_adapter"] = (500, {"error": {"message": "LoRA is not enabled"}})
+    with pytest.raises(ConfigError, match="--enable-lora"):
+        make(lora_trainer(start), lora_rank=2).check()
 
 
 def test_an_answer_to_a_load_that_was_lost_on_its_way(server: FakeVllm, make: Any, start: Path) -> None:

@@ -13,6 +13,7 @@ from understudy.config_served import SamplerServerConfig
 from understudy.errors import ConfigError, ServerError
 
 PATIENCE_SECONDS = 10.0  # before a run begins a server is there, or its address is wrong
+NO_ADAPTER = "understudy-asks-for-no-adapter"
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 
 
@@ -114,15 +115,19 @@ def _check_routes(client: ServerClient, wanted: Wanted) -> None:
     """Raises ConfigError where weights cannot be pushed; ServerError for other troubles."""
     if wanted.lora_rank is None:
         request = Request("GET", "/weight_info", parse=lambda _: None)
-    else:  # refused for what it says, where the route is there
-        request = Request("POST", "/v1/load_lora_adapter", {"lora_name": "", "lora_path": ""}, parse=lambda _: None)
+    else:  # a server that takes adapters looks for this one, and says that it is not there
+        body = {"lora_name": NO_ADAPTER, "lora_path": f"/{NO_ADAPTER}"}
+        request = Request("POST", "/v1/load_lora_adapter", body, parse=lambda _: None)
     try:
-        client.call(request, patience_seconds=_patience(wanted))
+        client.call(request, patience_seconds=0 if wanted.lora_rank else _patience(wanted))
     except ServerError as error:
-        if error.status in (404, 405):
+        looked = wanted.lora_rank is not None and f"/{NO_ADAPTER}" in str(error)
+        if error.status in (404, 405) and not looked:
             expected = "a vLLM server that takes weights while it runs (0.32 does)"
             raise _unfit(wanted, f"no route {request.path}", expected) from None
-        if wanted.lora_rank is None or error.status not in (400, 422):
+        if error.status == 500 and wanted.lora_rank is not None:
+            raise _unfit(wanted, str(error), "a vLLM server that takes adapters") from None
+        if not looked:
             raise
 
 
