@@ -302,6 +302,12 @@ class ServerClient:
         return ServerError(f"{self._describe(request)}: {text}", status=status)
 
 
+def client_of(config: ServerConfig, *, name: str) -> ServerClient:
+    """A client of the server that a section names. Raises ConfigError for a url or an API key that cannot be used."""
+    assert config.url is not None
+    return ServerClient(config.url, name=name, api_key=api_key_of(config), connection=config.connection)
+
+
 def api_key_of(config: ServerConfig) -> str | None:
     """The API key that the environment holds for this server; None where none is asked for.
 

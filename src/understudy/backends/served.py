@@ -8,7 +8,7 @@ from functools import partial
 from itertools import zip_longest
 from typing import Any
 
-from understudy.backends.http import BadReply, Reply, Request, ServerClient, api_key_of
+from understudy.backends.http import BadReply, Reply, Request, ServerClient, client_of
 from understudy.backends.served_scores import Marks, Piece, check_kind, named, number, score_with, scores_of, token_id
 from understudy.backends.vllm import VllmTeacher
 from understudy.config_served import ServerConfig
@@ -33,10 +33,7 @@ class ServedTeacher:
     temperature = 1.0
 
     def __init__(self, config: ServerConfig, *, name: str = "default", client: ServerClient | None = None) -> None:
-        assert config.url is not None
-        self._client = client or ServerClient(
-            config.url, name=name, api_key=api_key_of(config), connection=config.connection
-        )
+        self._client = client or client_of(config, name=name)
         # What it has in common with vLLM: which model, which context, which tokens.
         self._plain = VllmTeacher(config, name=name, client=self._client)
         self._owns_client = client is None

@@ -32,20 +32,25 @@ class ServedModel:
     max_logprobs: int | None = None
 
 
+def model_cards(reply: Reply) -> list[dict[str, Any]]:
+    """The entries of /v1/models. Raises BadReply for anything else."""
+    tree = reply.json()
+    cards = tree.get("data") if isinstance(tree, dict) else None
+    if not isinstance(cards, list) or not all(isinstance(c, dict) and isinstance(c.get("id"), str) for c in cards):
+        raise BadReply(f"got {str(tree)[:200]}; expected a list of models with ids")
+    return cards
+
+
 def parse_models(reply: Reply) -> list[ServedModel]:
     """The entries of /v1/models.
 
     Raises:
         BadReply: it is no list of models.
     """
-    tree = reply.json()
-    entries = tree.get("data") if isinstance(tree, dict) else None
-    if not isinstance(entries, list) or not all(isinstance(e, dict) and isinstance(e.get("id"), str) for e in entries):
-        raise BadReply(f"got {str(tree)[:200]}; expected a list of models")
     kinds: dict[str, type] = {"root": str, "parent": str, "max_model_len": int, "fingerprint": str, "max_logprobs": int}
     return [
         ServedModel(e["id"], **{name: e[name] for name, kind in kinds.items() if type(e.get(name)) is kind})
-        for e in entries
+        for e in model_cards(reply)
     ]
 
 

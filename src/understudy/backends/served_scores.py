@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from understudy.backends.http import BadReply, Request, ServerClient
+from understudy.backends.http import BadReply, Reply, Request, ServerClient
 from understudy.errors import RunError, ServerError
 from understudy.types import SampledScores, ScoreKind, Scores, TokenSequence, TopkScores
 
@@ -161,6 +161,24 @@ def _check(value: float, where: str, who: str) -> None:
             f"{who}, {where}: got log-probability {value}{stand_in}; expected a finite number, at most 0. Serve the "
             "teacher in bfloat16 or float32, and with log-probabilities before any processing"
         )
+
+
+def choices_of(reply: Reply, count: int) -> list[dict[str, Any]]:
+    """A reply's choices by index; there are ``count``.
+
+    Raises:
+        BadReply: there are others.
+    """
+    tree = reply.json()
+    choices = tree.get("choices") if isinstance(tree, dict) else None
+    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+        raise BadReply(f"got {str(tree)[:200]}; expected choices")
+    by_index = {choice["index"]: choice for choice in choices if type(choice.get("index")) is int}
+    if len(choices) != count or by_index.keys() != set(range(count)):
+        raise BadReply(
+            f"got choices {[choice.get('index') for choice in choices]}; expected 0 to {count - 1}, each once"
+        )
+    return [by_index[i] for i in range(count)]
 
 
 def token_id(value: Any, where: str) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from understudy.backends.http import BadReply, Reply, Request, ServerClient, api_key_of
+from understudy.backends.http import BadReply, Reply, Request, ServerClient, client_of
 from understudy.backends.served_models import (
     CHECK_SECONDS,
     PROBE_IDS,
@@ -50,10 +50,7 @@ class SglangTeacher:
     max_topk: int | None = None
 
     def __init__(self, config: ServerConfig, *, name: str = "default", client: ServerClient | None = None) -> None:
-        assert config.url is not None
-        self._client = client or ServerClient(
-            config.url, name=name, api_key=api_key_of(config), connection=config.connection
-        )
+        self._client = client or client_of(config, name=name)
         self._owns_client = client is None
         self._wanted = config.served_model
         self._request_tokens = config.connection.request_tokens

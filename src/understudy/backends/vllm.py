@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from understudy.backends.http import BadReply, Reply, Request, ServerClient, api_key_of
+from understudy.backends.http import BadReply, Reply, Request, ServerClient, client_of
 from understudy.backends.served_models import (
     CHECK_SECONDS,
     PROBE_IDS,
@@ -21,6 +21,7 @@ from understudy.backends.served_scores import (
     Marks,
     Piece,
     check_kind,
+    choices_of,
     named,
     number,
     same_ids,
@@ -49,10 +50,7 @@ class VllmTeacher:
     temperature = 1.0
 
     def __init__(self, config: ServerConfig, *, name: str = "default", client: ServerClient | None = None) -> None:
-        assert config.url is not None
-        self._client = client or ServerClient(
-            config.url, name=name, api_key=api_key_of(config), connection=config.connection
-        )
+        self._client = client or client_of(config, name=name)
         self._owns_client = client is None
         self._wanted = config.served_model
         self._request_tokens = config.connection.request_tokens
@@ -165,22 +163,9 @@ class VllmTeacher:
 
 
 def _scores(reply: Reply, *, pieces: list[Piece], kind: ScoreKind, topk: int, who: str) -> list[Scores]:
-    choices = _choices(reply.json(), len(pieces))
+    choices = choices_of(reply, len(pieces))
     marks = [_marks(choice, piece, kind) for choice, piece in zip(choices, pieces, strict=True)]
     return scores_of(marks, pieces, kind, topk, who)
-
-
-def _choices(tree: Any, count: int) -> list[dict[str, Any]]:
-    """A reply's choices by index; there is one for every prompt."""
-    choices = tree.get("choices") if isinstance(tree, dict) else None
-    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
-        raise BadReply(f"got {str(tree)[:200]}; expected choices")
-    by_index = {choice["index"]: choice for choice in choices if type(choice.get("index")) is int}
-    if len(choices) != count or by_index.keys() != set(range(count)):
-        raise BadReply(
-            f"got choices {[choice.get('index') for choice in choices]}; expected 0 to {count - 1}, each once"
-        )
-    return [by_index[i] for i in range(count)]
 
 
 def _marks(choice: dict[str, Any], piece: Piece, kind: ScoreKind) -> Marks:

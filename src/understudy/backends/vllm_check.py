@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from understudy.backends.http import Request, ServerClient
-from understudy.backends.weight_push import model_cards
+from understudy.backends.served_models import model_cards
 from understudy.config_served import SamplerServerConfig
 from understudy.errors import ConfigError, ServerError
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from understudy.backends.http import BadReply, Reply, Request, ServerClient
+from understudy.backends.served_scores import choices_of
 from understudy.config import SamplingConfig
 from understudy.types import FinishReason, Prompt
 
@@ -182,7 +183,7 @@ def parse_completions(reply: Reply, asked: Asked) -> list[Completion]:
     Raises:
         BadReply: it has others than were asked for, or they contradict themselves.
     """
-    choices = _choices(reply, asked.n)
+    choices = choices_of(reply, asked.n)
     told = [choice["prompt_token_ids"] for choice in choices if choice.get("prompt_token_ids") is not None]
     others = [ids for ids in told if ids != list(asked.prompt_ids)]
     if others or not told:
@@ -197,7 +198,7 @@ def parse_scores(reply: Reply, ids: Sequence[int], start: int) -> list[float]:
     Raises:
         BadReply: one is missing, or is none.
     """
-    [choice] = _choices(reply, 1)
+    [choice] = choices_of(reply, 1)
     rows = choice.get("prompt_logprobs")
     if not isinstance(rows, list) or len(rows) != len(ids):
         got = len(rows) if isinstance(rows, list) else rows
@@ -208,17 +209,6 @@ def parse_scores(reply: Reply, ids: Sequence[int], start: int) -> list[float]:
         value = entry.get("logprob") if isinstance(entry, dict) else None
         scores.append(_logprob(value, f"prompt token {ids[i]} at position {i}"))
     return scores
-
-
-def _choices(reply: Reply, n: int) -> list[dict[str, Any]]:
-    tree = reply.json()
-    choices = tree.get("choices") if isinstance(tree, dict) else None
-    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
-        raise BadReply(f"got {str(tree)[:200]}; expected choices")
-    by_index = {choice.get("index"): choice for choice in choices if type(choice.get("index")) is int}
-    if len(choices) != n or by_index.keys() != set(range(n)):
-        raise BadReply(f"got choices {[choice.get('index') for choice in choices]}; expected 0 to {n - 1}, each once")
-    return [by_index[i] for i in range(n)]
 
 
 def _completion(choice: dict[str, Any], asked: Asked) -> Completion:

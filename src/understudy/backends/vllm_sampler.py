@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
-from understudy.backends.http import ServerClient, api_key_of
+from understudy.backends.http import client_of
 from understudy.backends.protocols import Trainer
 from understudy.backends.vllm_check import Served, Wanted, check_config, check_server
 from understudy.backends.vllm_completions import Completion, Job, Writing, continued, jobs_of, request
@@ -79,8 +79,7 @@ class VllmSampler:
         self._probe: Probe | None = None  # of the policy version, once there are sequences
         self._probed = False  # whether the comparison has been passed since the last push
         self._last: list[TokenSequence] = []  # completions of the last call
-        key = api_key_of(config)
-        self._client = ServerClient(config.url or "", name="sampler", api_key=key, connection=config.connection)
+        self._client = client_of(config, name="sampler")
 
     def __enter__(self) -> Self:
         return self

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from understudy.backends.http import BadReply, Reply, Request, ServerClient
 from understudy.backends.protocols import Trainer
+from understudy.backends.served_models import model_cards
 from understudy.errors import RunError, ServerError, ServerUnavailable
 
 log = logging.getLogger("understudy")
@@ -275,12 +276,3 @@ def _weight_version(reply: Reply) -> str:
 
 def _model_ids(reply: Reply) -> set[str]:
     return {card["id"] for card in model_cards(reply)}
-
-
-def model_cards(reply: Reply) -> list[dict[str, Any]]:
-    """The entries of /v1/models. Raises BadReply for anything else."""
-    tree = reply.json()
-    cards = tree.get("data") if isinstance(tree, dict) else None
-    if not isinstance(cards, list) or not all(isinstance(c, dict) and isinstance(c.get("id"), str) for c in cards):
-        raise BadReply(f"got {str(tree)[:200]}; expected a list of models with ids")
-    return cards
