@@ -11,6 +11,7 @@ import torch
 from understudy import assembly, precision
 from understudy.assembly import Given, Parts, assemble
 from understudy.backends.loading import default_micro_batch_tokens
+from understudy.backends.local import LocalTeacher
 from understudy.config import RunConfig
 from understudy.costs import CostLedger
 from understudy.errors import ConfigError
@@ -51,7 +52,7 @@ def test_a_large_teacher_is_bfloat16_where_its_error_is_small(world, monkeypatch
     assert parts.config.teacher is not None
     assert parts.config.teacher.dtype == dtype
     teacher = parts.page_teachers["default"]
-    assert isinstance(teacher, assembly.LocalTeacher)
+    assert isinstance(teacher, LocalTeacher)
     assert teacher.model.dtype == getattr(torch, dtype)
     [line] = [record.message for record in caplog.records if "errs by" in record.message]
     error, signal = (float(word) for word in line.replace("nats", "").split() if word.replace(".", "").isdigit())
@@ -98,7 +99,7 @@ def test_the_size_of_micro_batches_fits_the_device(world, monkeypatch):
     parts = parts_of(config.model_copy(update={"optim": optim}))
     assert parts.config.optim.micro_batch_tokens == parts.batching["micro_batch_tokens"] == 2048
     teacher = parts.page_teachers["default"]
-    assert isinstance(teacher, assembly.LocalTeacher)
+    assert isinstance(teacher, LocalTeacher)
     assert teacher._batch_tokens == 2048
     assert default_micro_batch_tokens(torch.device("cuda")) == 16384
     given = config.optim.model_copy(update={"micro_batch_tokens": 123})

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from understudy.assembly import Given, Parts, assemble, counted_model, matmul_sizes, set_threads
+from understudy.assembly import Given, Parts, assemble, set_threads
 from understudy.backends.loading import fast_bfloat16, load_student, pick_device
 from understudy.backends.local import LocalSampler
 from understudy.backends.protocols import Sampler, Teacher, Trainer
@@ -20,6 +20,7 @@ from understudy.costs import CostLedger, MeteredSampler
 from understudy.errors import ServerError
 from understudy.evaluation import evaluate_tasks, outcome_metrics, task_outcomes, write_outcomes
 from understudy.loop import on_policy_loop, sample, score
+from understudy.metering import counted_model, matmul_sizes
 from understudy.preflight import Checked, Method, check_run
 from understudy.progress import ProgressSampler, piece_size
 from understudy.recorder import Recorder

@@ -13,23 +13,16 @@ from typing import Any
 import torch
 
 from understudy.advantages import CreditRules
-from understudy.backends.cache import new_cache
 from understudy.backends.language_model import LanguageModel, check_packing
 from understudy.backends.loading import default_micro_batch_tokens, load_student
-from understudy.backends.local import LocalSampler, LocalTeacher, LocalTrainer
+from understudy.backends.local import LocalSampler, LocalTrainer
 from understudy.backends.protocols import Sampler, Teacher, Trainer
-from understudy.config import RunConfig, StudentConfig, TeacherConfig
-from understudy.connect import (
-    RemoteTeacher,
-    cached,
-    check_sampler,
-    connect_sampler,
-    connect_teachers,
-)
-from understudy.costs import CostLedger, CountedModel, MeteredSampler, MeteredTeacher, MeteredTrainer
+from understudy.config import RunConfig, TeacherConfig
+from understudy.connect import Keeper, RemoteTeacher, check_sampler, connect_sampler, connect_teachers, keeper
+from understudy.costs import CostLedger, MeteredSampler, MeteredTrainer
 from understudy.errors import ConfigError
 from understudy.evaluation import EvalTask
-from understudy.flops import Update, shape_of_config
+from understudy.metering import counted_model, matmul_sizes, metered
 from understudy.objectives import Objective
 from understudy.precision import choose_compute_dtype, compute_autocast, load_teacher
 from understudy.preflight import Checked
@@ -124,17 +117,25 @@ def _assemble(
     sizes, counted = matmul_sizes(student), counted_model(student, config.student)
     config = _with_micro_batches(config, student)
     sampler, trainer, config = _sampler_and_trainer(config, checked, student, given, connections)
-    teachers, config = _teachers(config, checked, student, sampler, given, remote, connections)
-    reference, config = _reference(config, checked, student, sampler, remote.get("reference"), connections)
+    teachers, kept, config = _teachers(config, checked, student, sampler, given, remote, connections)
+    reference, keep_reference, config = _reference(
+        config, checked, student, sampler, remote.get("reference"), connections
+    )
     effective = resolve_estimator(config, teachers)
     config = _resolve_rest(_with_estimator(config, effective.objective.estimator, bool(teachers)), checked, student)
     return Parts(
         config=config,
         sampler=MeteredSampler(sampler, costs, "student_sampling", sizes[0], counted),
-        teachers={name: _metered(teacher, costs, "teacher_scoring") for name, teacher in teachers.items()},
-        page_teachers=teachers,
-        reference=_metered(reference, costs, "reference_scoring") if reference else None,
-        page_reference=reference,
+        # Marks that were kept cost nothing: the meter is behind the cache.
+        teachers={
+            name: kept[name](metered(teacher, costs, "teacher_scoring", config.all_teachers.get(name), config.student))
+            for name, teacher in teachers.items()
+        },
+        page_teachers={name: kept[name](teacher) for name, teacher in teachers.items()},
+        reference=keep_reference(metered(reference, costs, "reference_scoring", config.reference, config.student))
+        if reference
+        else None,
+        page_reference=keep_reference(reference) if reference else None,
         trainer=MeteredTrainer(trainer, costs, sizes, counted),
         evaluator=MeteredSampler(sampler, costs, "evaluation", sizes[0], counted),
         objective=build_objective(effective, teachers, reference),
@@ -331,50 +332,6 @@ def _present(student: LanguageModel | None) -> LanguageModel:
     return student
 
 
-def matmul_sizes(model: LanguageModel | None) -> tuple[int, int]:
-    """(all, trainable) weights a token is multiplied with: of experts, those it is sent to; zeros where there is no
-    model in this process."""
-    if model is None:
-        return 0, 0
-    weights, trainable = model.matmul_parameters()
-    shape = shape_of_config(model.config)
-    idle = shape.idle_weights if shape else 0
-    return weights - idle, trainable - (idle if trainable == weights else 0)
-
-
-def counted_model(model: LanguageModel | None, student: StudentConfig | None = None) -> CountedModel | None:
-    """What the exact FLOP count needs; ``student``: how the model trains, if it does. None, with a warning, for an
-    architecture whose products are not known: 2N per token then stands in for it."""
-    if model is None:
-        return None
-    shape = shape_of_config(model.config)
-    if shape is None:
-        log.warning(
-            "the FLOPs of %s (%s) are counted by the convention alone, 2N per token: its products are not known",
-            type(model.model).__name__,
-            model.config.model_type,
-        )
-        return None
-    lora = student.lora if student else None
-    update = Update(
-        rank=lora.rank if lora else 0,
-        targets=lora.target_modules if lora else "all-linear",
-        recompute=student is not None and student.gradient_checkpointing,
-    )
-    return CountedModel(
-        shape=replace(shape, vocab=model.head.vocab_size),
-        shares_prompts=model.shares_prompts,
-        samples_shared=new_cache(model.config) is not None,
-        update=update,
-    )
-
-
-def _metered(teacher: Teacher, costs: CostLedger, role: str) -> MeteredTeacher:
-    """A teacher on the ledger, at no FLOPs where its size is not known (a caller's own teacher)."""
-    model = teacher.model if isinstance(teacher, LocalTeacher) else None
-    return MeteredTeacher(teacher, costs, matmul_sizes(model)[0], role, counted_model(model))
-
-
 def _teachers(
     config: RunConfig,
     checked: Checked,
@@ -383,26 +340,30 @@ def _teachers(
     given: Given,
     remote: Mapping[str, RemoteTeacher],
     connections: ExitStack,
-) -> tuple[dict[str, Teacher], RunConfig]:
-    """Teachers by name, and the configuration with their dtypes resolved."""
+) -> tuple[dict[str, Teacher], dict[str, Keeper], RunConfig]:
+    """Teachers by name, what keeps their marks, and the configuration with their dtypes resolved."""
     if given.teachers is not None:
-        return dict(given.teachers), config
+        return dict(given.teachers), dict.fromkeys(given.teachers, _kept_nowhere), config
     teachers: dict[str, Teacher] = {}
+    kept: dict[str, Keeper] = {}
     resolved: dict[str, TeacherConfig] = {}
     for name, teacher_config in config.all_teachers.items():
         if name in remote:
-            teachers[name] = cached(remote[name], teacher_config, remote[name].identity, connections)
-            resolved[name] = teacher_config
+            teachers[name], resolved[name] = remote[name], teacher_config
+            kept[name] = keeper(teacher_config, remote[name].identity, connections)
             continue
         prompts = [p for p in checked.prompts if p.teacher == name]
         teacher, dtype = load_teacher(teacher_config, config, checked, student, sampler, prompts)
-        teachers[name] = cached(
-            teacher, teacher_config, partial(folder_identity, teacher_config.model, dtype), connections
-        )
+        teachers[name] = teacher
+        kept[name] = keeper(teacher_config, partial(folder_identity, teacher_config.model, dtype), connections)
         resolved[name] = teacher_config.model_copy(update={"dtype": dtype})
         log.info("teacher %s: %s on %s", teacher_config.model, dtype, teacher.model.device)
     default = resolved.pop("default", None)
-    return teachers, config.model_copy(update={"teacher": default, "teachers": resolved})
+    return teachers, kept, config.model_copy(update={"teacher": default, "teachers": resolved})
+
+
+def _kept_nowhere(teacher: Teacher) -> Teacher:
+    return teacher
 
 
 def _reference(
@@ -412,15 +373,20 @@ def _reference(
     sampler: Sampler,
     remote: RemoteTeacher | None,
     connections: ExitStack,
-) -> tuple[Teacher | None, RunConfig]:
-    """The reference model, if there is one, and the configuration with its dtype resolved."""
+) -> tuple[Teacher | None, Keeper, RunConfig]:
+    """The reference model, if there is one, what keeps its marks, and the configuration with its dtype resolved."""
     if config.reference is None or not checked.prompts:  # `sft` has no use for it
-        return None, config
+        return None, _kept_nowhere, config
     if remote is not None:
-        return cached(remote, config.reference, remote.identity, connections), config
+        return remote, keeper(config.reference, remote.identity, connections), config
     prompts = [
         replace(prompt, teacher_prompt_ids=None) for prompt in checked.prompts
     ]  # it reads what the student reads
     reference, dtype = load_teacher(config.reference, config, checked, student, sampler, prompts, role="reference")
     log.info("reference %s: %s on %s", config.reference.model, dtype, reference.model.device)
-    return reference, config.model_copy(update={"reference": config.reference.model_copy(update={"dtype": dtype})})
+    kept = keeper(config.reference, partial(folder_identity, config.reference.model, dtype), connections)
+    return (
+        reference,
+        kept,
+        config.model_copy(update={"reference": config.reference.model_copy(update={"dtype": dtype})}),
+    )

@@ -8,14 +8,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
-from understudy.backends.http import Request, ServerClient, api_key_of
+from understudy.backends.http import Request, client_of
 from understudy.backends.protocols import Teacher, Trainer
 from understudy.backends.served import ServedTeacher
+from understudy.backends.served_models import model_cards
 from understudy.backends.sglang import SglangTeacher
 from understudy.backends.vllm import VllmTeacher
 from understudy.backends.vllm_check import Wanted, check_config, check_server
 from understudy.backends.vllm_sampler import VllmSampler
-from understudy.backends.weight_push import model_cards
 from understudy.config import RunConfig, TeacherConfig
 from understudy.errors import ConfigError, ServerError
 from understudy.preflight import Checked
@@ -24,6 +24,9 @@ from understudy.tokenization import ModelText
 from understudy.types import Prompt, TokenSequence
 
 log = logging.getLogger("understudy")
+
+Keeper = Callable[[Teacher], Teacher]
+"""Puts a teacher behind the cache of its marks, where it has one."""
 
 CHECK_SECONDS = 10.0  # before a run begins a server is there, or its address is wrong
 
@@ -78,8 +81,7 @@ def _client_of(role: TeacherConfig, name: str) -> Any:
     """The kind of client that the server's own words ask for."""
     if role.api != "auto":
         return _CLIENTS[role.api]
-    assert role.url is not None
-    with ServerClient(role.url, name=name, api_key=api_key_of(role), connection=role.connection) as client:
+    with client_of(role, name=name) as client:
         try:
             cards = client.call(Request("GET", "/v1/models", parse=model_cards), patience_seconds=CHECK_SECONDS)
         except ServerError as error:
@@ -113,13 +115,13 @@ def _longest(config: RunConfig, checked: Checked, name: str) -> int:
     return max(map(len, views), default=0) + config.training_sampling.max_completion_tokens
 
 
-def cached(teacher: Teacher, role: TeacherConfig, identity: Callable[[], str], connections: ExitStack) -> Teacher:
-    """The teacher behind its cache, if it has one; ``identity`` is what it marks under there."""
+def keeper(role: TeacherConfig, identity: Callable[[], str], connections: ExitStack) -> Keeper:
+    """What puts a teacher behind its cache, if it has one; ``identity`` is what it marks under there."""
     if role.cache is None:
-        return teacher
-    cache = ScoreCache(Path(role.cache), max_bytes=int(role.cache_gib * 2**30))
+        return lambda teacher: teacher
+    cache, name = ScoreCache(Path(role.cache), max_bytes=int(role.cache_gib * 2**30)), identity()
     connections.callback(cache.close)
-    return CachedTeacher(teacher, cache, identity())
+    return lambda teacher: CachedTeacher(teacher, cache, name)
 
 
 def check_sampler(config: RunConfig, checked: Checked) -> None:
@@ -131,8 +133,7 @@ def check_sampler(config: RunConfig, checked: Checked) -> None:
     prompts: list[tuple[Prompt, int]] = [(p, config.training_sampling.max_completion_tokens) for p in checked.prompts]
     prompts += [(p, task.sampling.max_completion_tokens) for task in checked.tasks for p in task.prompts]
     longest = max((len(prompt.prompt_ids) + length for prompt, length in prompts), default=0)
-    key = api_key_of(sampler)
-    with ServerClient(sampler.url or "", name="sampler", api_key=key, connection=sampler.connection) as client:
+    with client_of(sampler, name="sampler") as client:
         check_server(client, Wanted(sampler, config.student.model, rank, longest))
 
 

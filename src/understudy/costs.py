@@ -184,8 +184,10 @@ class MeteredSampler:
         self._counted = counted
 
     def set_policy_version(self, version: int) -> None:
-        """See ``Sampler.set_policy_version``."""
+        """See ``Sampler.set_policy_version``: a role of its own, as weights may have far to go."""
+        start = _now()
         self._sampler.set_policy_version(version)
+        self._costs.add("weight_sync", tokens=0, flops=0.0, seconds=_now() - start)
 
     def sample(self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, seed: int) -> list[list[Rollout]]:
         """See ``Sampler.sample``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -100,6 +101,9 @@ def test_marks_are_kept_for_runs_that_ask_again(world: Path, served: str, tmp_pa
         understudy.distill(config, quiet=True)
         runs.append(weights(tmp_path / name))
     assert torch.equal(*runs)
+    paid = [json.loads((tmp_path / name / "costs.json").read_text())["roles"] for name in ("first", "second")]
+    assert paid[0]["teacher_scoring"]["tokens"] > 0
+    assert "teacher_scoring" not in paid[1]
 
 
 def test_rows_find_their_teacher_by_task(world: Path, served: str, tmp_path: Path) -> None:

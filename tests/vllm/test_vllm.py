@@ -13,12 +13,16 @@ import pytest
 import torch
 from servers import VllmServer
 
-from understudy import RunConfig
+import understudy
+from fault_proxy import Schedule, faulty
+from understudy import ConfigError, RunConfig
 from understudy.backends.language_model import LanguageModel
 from understudy.backends.loading import load_model
 from understudy.backends.local import LocalTeacher
 from understudy.backends.vllm import VllmTeacher
 from understudy.config_served import ServerConfig
+from understudy.errors import ServerError
+from understudy.rollout_store import read_rollouts
 from understudy.tokenization import load_text
 from understudy.types import TokenSequence, TopkScores
 from user import metrics, tree, write_toml
@@ -179,6 +183,46 @@ def test_a_run_ends_with_its_state_when_a_server_stays_away(
     resumed = distill(file, "--resume")
     assert resumed.returncode == 0, resumed.stderr[-4000:]
     assert_learned(out)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_network_that_fails_changes_no_mark(
+    seed: int, world: Path, student: VllmServer, teacher: VllmServer, tmp_path: Path
+) -> None:
+    """Every mark of every step that was trained on is the model's; else the run stops with that step's checkpoint."""
+    out, steps = tmp_path / "run", 6
+    connection = {"request_tokens": 100, "max_concurrency": 4, "timeout_seconds": 20, "patience_seconds": 5}
+    schedules = [Schedule(2 * seed + i, share=0.02 + 0.06 * (seed % 4)) for i in range(2)]
+    with faulty(student.url, schedules[0]) as written, faulty(teacher.url, schedules[1]) as marked:
+        sections = {
+            "sampler": {"url": f"{written}/v1", "connection": connection},
+            "teacher": {"url": f"{marked}/v1", "connection": connection},
+            "rollouts": {"per_step": 32, "topk": 0},
+            "optim": {"num_steps": steps},
+            "objective": {"estimator": "sampled"},
+        }
+        config = RunConfig.from_toml(toml(world, out, student, teacher, **sections))
+        try:
+            understudy.distill(config, quiet=True)
+            done = steps
+        except ConfigError:
+            assert not out.exists()
+            return
+        except ServerError:
+            done = rows_so_far(out)
+            saved = [f"step_{done:06d}"] if done else []
+            assert [path.name for path in (out / "checkpoints").glob("*")] == saved
+    rows, own = metrics(out) if done else [], local_teacher(world / "teacher")
+    assert len(rows) == done
+    for step, row in enumerate(rows):
+        assert row["ratio/abs_log_max"] < EXACT
+        records = read_rollouts(out / "rollouts" / f"step_{step:06d}.jsonl")
+        assert len(records) == 32
+        asked = [TokenSequence(record["prompt_ids"], record["completion_ids"]) for record in records]
+        for record, expected in zip(records, own.compute_logprobs(asked), strict=True):
+            assert record["teacher_logprobs"] == pytest.approx(expected, abs=EXACT)
+    print(f"{done} steps, {sum(sum(s.done.values()) - s.done[''] for s in schedules)} faults")
+    assert all(schedule.done.total() > schedule.done[""] for schedule in schedules)
 
 
 def test_a_server_that_takes_no_weights_is_refused(world: Path, teacher: VllmServer, tmp_path: Path) -> None:
