@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 STORM = 4  # requests that a storm answers in a row
+PAST_DEADLINE = 2.5  # seconds that some replies take: longer than timeout_seconds of the runs behind this proxy
 
 
 @dataclass(frozen=True)
@@ -150,17 +151,18 @@ class FaultProxy:
         if fault == "drop":
             return False
         if fault == "delay":
-            await asyncio.sleep(draw.random() * 0.02)
+            await asyncio.sleep(0.02 * draw.random() if draw.random() < 0.9 else PAST_DEADLINE)
         sent = self._spoiled(answer, fault, draw).encoded()
         if fault == "truncate":
             writer.write(sent[: draw.randrange(len(sent))])
             await writer.drain()
             return False
+        pause = 0.001 if draw.random() < 0.9 else PAST_DEADLINE / 7
         for part in _parts(sent, 7 if fault == "slow" else 1):
             writer.write(part)
             await writer.drain()
             if fault == "slow":
-                await asyncio.sleep(0.001)
+                await asyncio.sleep(pause)
         return True
 
     def _spoiled(self, answer: Answer, fault: str, draw: random.Random) -> Answer:

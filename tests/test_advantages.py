@@ -20,6 +20,7 @@ from understudy.advantages import (
     token_mask,
     training_examples,
 )
+from understudy.errors import RunError
 from understudy.types import HiddenScores, Rollout, SampledScores, ScoredRollout, TopkScores, TrainingExample
 
 STUDENT = torch.tensor([-1.0, -2.0, -0.5])
@@ -277,7 +278,7 @@ def test_swapped_marks_are_the_next_completions_repeated_or_cut() -> None:
 
 
 def test_swapped_marks_need_two_completions() -> None:
-    with pytest.raises(ValueError, match="at least two completions a step; got one"):
+    with pytest.raises(RunError, match="at least two completions a step; got one"):
         swapped_marks(*written([(-1.0, -2.0)]))
 
 

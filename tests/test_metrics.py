@@ -59,6 +59,10 @@ CLIPPED = [
 ]
 
 
+def test_a_step_that_nobody_marked() -> None:
+    assert rollout_metrics([], num_written=4) == {"teacher/away_share": 1.0}
+
+
 def test_distance_from_the_reference() -> None:
     assert rollout_metrics(CLIPPED)["reference_kl/mean"] == pytest.approx(0.5 / 5)
     alone = rollout_metrics([scored([5], [-1.0], None, None, [-1.75])])

@@ -128,3 +128,33 @@ def test_closing_drops_what_has_not_begun() -> None:
         threading.Timer(0.05, release.set).start()
     assert begun == [0, 1]
     assert not [t for t in threading.enumerate() if t.name.startswith("understudy-stage")]
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_what_is_under_way_is_cancelled_before_it_is_waited_for(failing: bool) -> None:
+    cancelled = threading.Event()
+    begun = threading.Event()
+
+    def write(step: int) -> int:
+        if step == 0:
+            return step
+        begun.set()
+        assert cancelled.wait(10)
+        return step
+
+    steps = ahead(range(4), [write], lag=2, cancel=cancelled.set)
+    assert next(steps) == (0, 0)
+    assert begun.wait(10)
+    if failing:
+        with pytest.raises(KeyboardInterrupt):
+            steps.throw(KeyboardInterrupt)
+    else:
+        steps.close()
+    assert cancelled.is_set()
+
+
+def test_nothing_is_cancelled_where_all_was_handed_out() -> None:
+    def cancel() -> None:
+        raise AssertionError
+
+    assert [made for _, made in ahead(range(3), [lambda step: step], lag=1, cancel=cancel)] == [0, 1, 2]

@@ -92,6 +92,8 @@ def test_stale_completions_stay_or_go_with_their_group() -> None:
     # No lag asked for, and a sampler that lags all the same.
     kept, _ = within_lag(rollouts, 3, SamplingConfig(group_size=2, stale="drop"))
     assert kept == rollouts[:2]
+    with pytest.raises(RunError, match=r"up to 2 updates old; with sampling\.max_policy_lag = 0 nothing corrects"):
+        within_lag(rollouts, 3, SamplingConfig(group_size=2))
 
 
 def test_a_step_of_stale_completions_alone_is_an_error() -> None:

@@ -116,3 +116,22 @@ def test_memory_bounds_may_change_on_resume(tmp_path):
     with RunFolder(smaller, method="distill", resume=True) as folder:
         assert folder.config.sampling.max_batch_rows == 8
         assert (folder.config.optim.micro_batch_tokens, folder.config.optim.num_steps) == (64, 200)
+
+
+def test_amended_rows_keep_their_times(tmp_path: Path) -> None:
+    with RunFolder(config(tmp_path / "run"), method="distill") as folder:
+        folder.costs.add("student_sampling", tokens=1, flops=1.0, seconds=2.0)
+        folder.record(1, {"optim/loss": 0.5})
+        folder.costs.add("student_sampling", tokens=1, flops=1.0, seconds=0.5)  # of a step that is under way
+        folder.costs.add("evaluation", tokens=1, flops=1.0, seconds=4.0)
+        row = folder.amend({"eval/t/greedy": 1.0})
+        assert (row["time/student_sampling"], row["time/evaluation"], row["optim/loss"]) == (2.5, 4.0, 0.5)
+        assert folder.last_row() == row
+
+
+def test_weights_for_a_server_alone_are_no_run(tmp_path: Path) -> None:
+    """A crash between the first push and config.toml."""
+    (tmp_path / "run" / "sampler_weights" / "a").mkdir(parents=True)
+    for resume in (False, True):
+        with RunFolder(config(tmp_path / "run"), method="distill", resume=resume) as folder:
+            assert folder.first_step == 0

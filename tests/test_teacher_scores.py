@@ -90,6 +90,11 @@ def test_it_stops_the_run_where_it_may_not_be_away_or_is_not(teacher: Marks, may
         score_reachable(teachers, [rollout(1, "a"), rollout(2, "b")], "sampled", may_be_away=frozenset(may_be_away))
 
 
+def test_a_step_of_one_lost_teacher_alone_goes_unmarked() -> None:
+    teachers = {"a": Away(), "b": Marks([-2.0, -2.5])}
+    assert score_reachable(teachers, [rollout(1, "a")], "sampled", may_be_away=frozenset({"a"})) == [None]
+
+
 def test_nobody_left_to_mark_stops_the_run() -> None:
     with pytest.raises(ServerUnavailable, match="nobody answers"):
         score_reachable({"a": Away()}, [rollout(1, "a")], "sampled", may_be_away=frozenset({"a"}))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from understudy.errors import RunError
 from understudy.types import HiddenScores, Rollout, ScoredRollout, Scores, TopkScores, TrainingExample
 
 
@@ -112,10 +113,10 @@ def swapped_marks(rollouts: Sequence[Rollout], scores: Sequence[Scores]) -> list
     The marks keep their sizes, and are independent of the tokens they fall on: the expected gradient is zero.
 
     Raises:
-        ValueError: fewer than two completions.
+        RunError: fewer than two completions.
     """
     if len(rollouts) < 2:
-        raise ValueError("shuffled_teacher needs at least two completions a step; got one")
+        raise RunError('objective.control = "shuffled_teacher" needs at least two completions a step; got one')
     own = [
         reverse_kl(_tensor(rollout.sampler_logprobs), _tensor(score.teacher_logprobs))
         for rollout, score in zip(rollouts, scores, strict=True)

@@ -17,7 +17,7 @@ from understudy.backends.protocols import Sampler, Teacher, Trainer
 from understudy.checkpoints import checkpoint_path, write_json
 from understudy.config import RunConfig, StudentConfig
 from understudy.costs import CostLedger, MeteredSampler
-from understudy.errors import ServerError
+from understudy.errors import ServerError, ServerUnavailable
 from understudy.evaluation import evaluate_tasks, outcome_metrics, task_outcomes, write_outcomes
 from understudy.loop import on_policy_loop, sample, score
 from understudy.metering import counted_model, matmul_sizes
@@ -86,7 +86,8 @@ def sft(config: RunConfig, *, trainer: Trainer | None = None, resume: bool = Fal
     """Supervised fine-tuning on chats, prompt-completion pairs or documents. Raises as ``distill``."""
     given = Given(trainer=trainer)
     # Evaluations sample here: nothing is sampled that would be worth a server.
-    config = _without_teachers(config).model_copy(update={"sampler": None})
+    at_hand = {"sampler": None, "sampling": config.sampling.model_copy(update={"max_policy_lag": 0})}
+    config = _without_teachers(config).model_copy(update=at_hand)
     checked = check_run(config, "sft")
     examples = load_examples(config, checked.rows, checked.student, checked.stop_ids)
 
@@ -185,7 +186,15 @@ def _keep_final_rollouts(parts: Parts, recorder: Recorder) -> None:
     prompts = parts.prompts_at(0)[: -(-max(2, wanted) // parts.config.sampling.group_size)]
     # Neither this writing nor its marking belongs to the method's price.
     for_pages = replace(parts, sampler=parts.evaluator, teachers=parts.page_teachers, reference=parts.page_reference)
-    scored, examples = score(for_pages, sample(for_pages, prompts, seed=step_seed(parts.config.seed, 0)))
+    rollouts = sample(for_pages, prompts, seed=step_seed(parts.config.seed, 0))
+    try:
+        scored, examples = score(for_pages, rollouts)
+    except ServerUnavailable as error:
+        # All steps are done: what pages show is no reason to fail where a lost teacher was none.
+        if not {prompt.teacher for prompt in prompts} <= parts.may_be_away:
+            raise
+        log.warning("rollouts of the trained student go unmarked and are not kept; --resume makes up for it: %s", error)
+        return
     recorder.keep_rollouts(parts.config.optim.num_steps, scored, examples)
 
 

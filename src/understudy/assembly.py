@@ -17,19 +17,20 @@ from understudy.backends.language_model import LanguageModel, check_packing
 from understudy.backends.loading import default_micro_batch_tokens, load_student
 from understudy.backends.local import LocalSampler, LocalTrainer
 from understudy.backends.protocols import Sampler, Teacher, Trainer
-from understudy.config import RunConfig, TeacherConfig
-from understudy.connect import Keeper, RemoteTeacher, check_sampler, connect_sampler, connect_teachers, keeper
+from understudy.backends.vllm_sampler import VllmSampler
+from understudy.config import RunConfig
+from understudy.connect import RemoteTeacher, check_sampler, connect_sampler, connect_teachers
 from understudy.costs import CostLedger, MeteredSampler, MeteredTrainer
 from understudy.errors import ConfigError
 from understudy.evaluation import EvalTask
 from understudy.metering import counted_model, matmul_sizes, metered
 from understudy.objectives import Objective
-from understudy.precision import choose_compute_dtype, compute_autocast, load_teacher
+from understudy.precision import check_compute_dtype, choose_compute_dtype, compute_autocast
 from understudy.preflight import Checked
 from understudy.prompts import batch_for_step
-from understudy.score_cache import folder_identity
 from understudy.signals import Needs, build_objective, credit_rules, resolve_estimator, score_needs
 from understudy.tasks import Grader
+from understudy.teachers import load_reference, load_teachers, warn_of_idle_caches
 from understudy.tokenization import adapter_base
 from understudy.types import Prompt
 
@@ -41,7 +42,8 @@ class Parts:
     """The loop's working parts, and its settings in the form its stages take them.
 
     ``page_teachers`` and ``page_reference`` are off the cost ledger: what pages show is not part of a method's price.
-    ``may_be_away``: teachers without whose marks a step may do. ``connections``: to be closed after the run.
+    ``may_be_away``: teachers without whose marks a step may do. ``cancel``: ends what servers are being asked;
+    ``connections``: to be closed after the run.
     """
 
     config: RunConfig
@@ -61,6 +63,7 @@ class Parts:
     batching: Mapping[str, Any]
     credit: CreditRules
     may_be_away: frozenset[str] = frozenset()
+    cancel: Callable[[], None] = lambda: None
     connections: ExitStack = field(default_factory=ExitStack)
 
     def prompts_at(self, step: int) -> list[Prompt]:
@@ -110,18 +113,19 @@ def _assemble(
     given: Given,
     connections: ExitStack,
 ) -> Parts:
-    remote = connect_teachers(config, checked, connections) if given.teachers is None else {}
+    remote = connect_teachers(config, checked, connections, brought=given.teachers is not None)
     if config.sampler is not None and given.sampler is None:
         check_sampler(config, checked)
     student = _student(config, checked, checkpoint, given)
     sizes, counted = matmul_sizes(student), counted_model(student, config.student)
     config = _with_micro_batches(config, student)
     sampler, trainer, config = _sampler_and_trainer(config, checked, student, given, connections)
-    teachers, kept, config = _teachers(config, checked, student, sampler, given, remote, connections)
-    reference, keep_reference, config = _reference(
+    teachers, kept, config = load_teachers(config, checked, student, sampler, given.teachers, remote, connections)
+    reference, keep_reference, config = load_reference(
         config, checked, student, sampler, remote.get("reference"), connections
     )
     effective = resolve_estimator(config, teachers)
+    warn_of_idle_caches(config, score_needs(effective.objective, teachers).teacher)
     config = _resolve_rest(_with_estimator(config, effective.objective.estimator, bool(teachers)), checked, student)
     return Parts(
         config=config,
@@ -153,7 +157,13 @@ def _assemble(
         },
         credit=credit_rules(effective, special_ids=checked.special_ids),
         may_be_away=frozenset(name for name, role in config.all_teachers.items() if role.when_away == "skip"),
+        cancel=partial(_cancel, [*remote.values(), *([sampler] if isinstance(sampler, VllmSampler) else [])]),
     )
+
+
+def _cancel(clients: Sequence[RemoteTeacher | VllmSampler]) -> None:
+    for client in clients:
+        client.cancel()
 
 
 def _with_estimator(config: RunConfig, estimator: str, taught: bool) -> RunConfig:
@@ -208,9 +218,10 @@ def _sampler_and_trainer(
 
     if config.sampler is not None and given.sampler is None and given.trainer is None:
         # A trial of precisions would send the server weights before the run begins.
-        dtype = "bfloat16" if config.student.compute_dtype == "bfloat16" else "float32"
+        dtype = check_compute_dtype(config.student, _present(student))
         update = {"student": config.student.model_copy(update={"compute_dtype": dtype})}
-        return *in_precision(compute_autocast(config.student)), config.model_copy(update=update)
+        config = config.model_copy(update=update)
+        return *in_precision(compute_autocast(config.student)), config
     if student is None or given.sampler or given.trainer:
         if config.student.compute_dtype == "bfloat16":
             raise ConfigError(
@@ -330,63 +341,3 @@ def _check_given(config: RunConfig, checked: Checked, given: Given) -> None:
 def _present(student: LanguageModel | None) -> LanguageModel:
     assert student is not None
     return student
-
-
-def _teachers(
-    config: RunConfig,
-    checked: Checked,
-    student: LanguageModel | None,
-    sampler: Sampler,
-    given: Given,
-    remote: Mapping[str, RemoteTeacher],
-    connections: ExitStack,
-) -> tuple[dict[str, Teacher], dict[str, Keeper], RunConfig]:
-    """Teachers by name, what keeps their marks, and the configuration with their dtypes resolved."""
-    if given.teachers is not None:
-        return dict(given.teachers), dict.fromkeys(given.teachers, _kept_nowhere), config
-    teachers: dict[str, Teacher] = {}
-    kept: dict[str, Keeper] = {}
-    resolved: dict[str, TeacherConfig] = {}
-    for name, teacher_config in config.all_teachers.items():
-        if name in remote:
-            teachers[name], resolved[name] = remote[name], teacher_config
-            kept[name] = keeper(teacher_config, remote[name].identity, connections)
-            continue
-        prompts = [p for p in checked.prompts if p.teacher == name]
-        teacher, dtype = load_teacher(teacher_config, config, checked, student, sampler, prompts)
-        teachers[name] = teacher
-        kept[name] = keeper(teacher_config, partial(folder_identity, teacher_config.model, dtype), connections)
-        resolved[name] = teacher_config.model_copy(update={"dtype": dtype})
-        log.info("teacher %s: %s on %s", teacher_config.model, dtype, teacher.model.device)
-    default = resolved.pop("default", None)
-    return teachers, kept, config.model_copy(update={"teacher": default, "teachers": resolved})
-
-
-def _kept_nowhere(teacher: Teacher) -> Teacher:
-    return teacher
-
-
-def _reference(
-    config: RunConfig,
-    checked: Checked,
-    student: LanguageModel | None,
-    sampler: Sampler,
-    remote: RemoteTeacher | None,
-    connections: ExitStack,
-) -> tuple[Teacher | None, Keeper, RunConfig]:
-    """The reference model, if there is one, what keeps its marks, and the configuration with its dtype resolved."""
-    if config.reference is None or not checked.prompts:  # `sft` has no use for it
-        return None, _kept_nowhere, config
-    if remote is not None:
-        return remote, keeper(config.reference, remote.identity, connections), config
-    prompts = [
-        replace(prompt, teacher_prompt_ids=None) for prompt in checked.prompts
-    ]  # it reads what the student reads
-    reference, dtype = load_teacher(config.reference, config, checked, student, sampler, prompts, role="reference")
-    log.info("reference %s: %s on %s", config.reference.model, dtype, reference.model.device)
-    kept = keeper(config.reference, partial(folder_identity, config.reference.model, dtype), connections)
-    return (
-        reference,
-        kept,
-        config.model_copy(update={"reference": config.reference.model_copy(update={"dtype": dtype})}),
-    )

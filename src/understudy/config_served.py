@@ -8,6 +8,8 @@ from pydantic import Field
 
 from understudy.config_base import Section
 
+WEIGHTS_FOLDER = "sampler_weights"  # in output_dir, where sampler.weights_dir names no other
+
 
 class ConnectionConfig(Section):
     """How requests are sent."""

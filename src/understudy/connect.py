@@ -46,20 +46,27 @@ class RemoteTeacher(Teacher, Protocol):
         """False where the server cannot tell. Raises ConfigError where an id means another token to it."""
         ...
 
+    def cancel(self) -> None:
+        """End what is under way."""
+        ...
+
     def close(self) -> None: ...
 
 
 _CLIENTS: Mapping[str, Any] = {"vllm": VllmTeacher, "sglang": SglangTeacher, "understudy": ServedTeacher}
 
 
-def connect_teachers(config: RunConfig, checked: Checked, connections: ExitStack) -> dict[str, RemoteTeacher]:
-    """Every teacher with a url, and the reference as "reference", ready to mark what the run will ask; what is open
-    goes to ``connections``.
+def connect_teachers(
+    config: RunConfig, checked: Checked, connections: ExitStack, *, brought: bool
+) -> dict[str, RemoteTeacher]:
+    """Every teacher with a url (none where they were ``brought`` along), and the reference as "reference", ready to
+    mark what the run will ask; what is open goes to ``connections``.
 
     Raises:
         ConfigError: one cannot be reached, serves another model, or cannot do what is needed.
     """
-    roles = {name: teacher for name, teacher in config.all_teachers.items() if teacher.url is not None}
+    teachers = {} if brought else config.all_teachers
+    roles = {name: teacher for name, teacher in teachers.items() if teacher.url is not None}
     if config.reference is not None and config.reference.url is not None and checked.prompts:
         roles["reference"] = config.reference
     connected: dict[str, RemoteTeacher] = {}
@@ -69,10 +76,9 @@ def connect_teachers(config: RunConfig, checked: Checked, connections: ExitStack
         connected[name] = teacher
         if isinstance(teacher, ServedTeacher):
             teacher.vocab_size = checked.vocab_size
-        topk = config.objective.topk if config.objective.estimator == "topk" and name != "reference" else 0
-        teacher.check(longest=_longest(config, checked, name), topk=topk)
+        teacher.check(longest=_longest(config, checked, name), topk=0 if name == "reference" else _topk(config))
         text = checked.student if name == "reference" else checked.teachers[name]
-        _check_tokens(teacher, role, name, text, checked.vocab_size)
+        _check_tokens(teacher, role, name, text)
         log.info("teacher %r at %s", name, role.url)
     return connected
 
@@ -95,7 +101,13 @@ def _client_of(role: TeacherConfig, name: str) -> Any:
     return _CLIENTS[next((owner for owner in owners if owner in _CLIENTS), "vllm")]
 
 
-def _check_tokens(teacher: RemoteTeacher, role: TeacherConfig, name: str, text: ModelText, vocab_size: int) -> None:
+def _topk(config: RunConfig) -> int:
+    """Alternatives a teacher is asked for: to train on, or to be stored with rollouts."""
+    trained = config.objective.topk if config.objective.estimator == "topk" else 0
+    return max(trained, config.rollouts.topk if config.rollouts.per_step else 0)
+
+
+def _check_tokens(teacher: RemoteTeacher, role: TeacherConfig, name: str, text: ModelText) -> None:
     if not teacher.vocabulary(text.tokenizer):
         log.warning(
             "teacher %r at %s has no /detokenize: that its ids are those of %s is taken for granted",

@@ -35,14 +35,19 @@ def on_policy_loop(parts: Parts, recorder: Recorder) -> None:
         return scored, examples, {**ages, **rollout_metrics(scored, config.objective, num_written=len(rollouts))}
 
     steps = range(recorder.first_step, config.optim.num_steps)
-    with closing(ahead(steps, [write, mark], lag=config.sampling.max_policy_lag)) as marked:
+    lag = config.sampling.max_policy_lag
+    with closing(ahead(steps, [write, mark], lag=lag, cancel=parts.cancel)) as marked:
         for step, (scored, examples, row) in marked:
             recorder.keep_rollouts(step, scored, examples)
 
             batches = micro_batches(examples, **parts.batching)
             rate, reduction = learning_rate_at(config.optim, step), config.objective.reduction
-            update = optimizer_step(parts.trainer, batches, parts.objective, learning_rate=rate, reduction=reduction)
-            recorder.record(step + 1, {"optim/learning_rate": rate, **row, **update_metrics(update)})
+            if examples:  # none where the teacher of all these prompts is away
+                update = optimizer_step(
+                    parts.trainer, batches, parts.objective, learning_rate=rate, reduction=reduction
+                )
+                row = {"optim/learning_rate": rate, **row, **update_metrics(update)}
+            recorder.record(step + 1, row)
             sync_weights(parts.sampler, policy_version=step + 1)
             if recorder.finish_step() == "stop":
                 return

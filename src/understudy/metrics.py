@@ -48,6 +48,8 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """What the student wrote and what its teacher thought of it. Token means unless said. ``num_written``: how many
     completions there were, those that nobody marked among them."""
+    if not scored:
+        return {"teacher/away_share": 1.0}
     rollouts = [s.rollout for s in scored]
     lengths = [len(r.completion_ids) for r in rollouts]
     tokens = sum(lengths)

@@ -10,13 +10,15 @@ from typing import Any
 Stage = Callable[[Any], Any]
 
 
-def ahead(steps: Iterable[int], stages: Sequence[Stage], *, lag: int) -> Generator[tuple[int, Any], None, None]:
+def ahead(
+    steps: Iterable[int], stages: Sequence[Stage], *, lag: int, cancel: Callable[[], None] = lambda: None
+) -> Generator[tuple[int, Any], None, None]:
     """(step, what the stages make of it) in order. The first stage gets the step, each other what the one before made.
 
     With ``lag`` 0 a step begins when it is asked for, in this thread. Else the ``lag`` steps after the one that is
     handed out are under way meanwhile, each stage in a thread of its own: step s begins no earlier than step s - lag is
-    handed out. An error of a stage is raised when its step is asked for. Closing the iterator drops what has not begun
-    and waits for what has.
+    handed out. An error of a stage is raised when its step is asked for. Closing the iterator, or an error, drops what
+    has not begun and waits for what has; ``cancel`` is called first, to make that short.
     """
     remaining = iter(steps)
     if lag == 0:
@@ -31,6 +33,9 @@ def ahead(steps: Iterable[int], stages: Sequence[Stage], *, lag: int) -> Generat
             under_way += [(step, _begin(step, stages, workers)) for step in islice(remaining, 1)]
             step, made = under_way.pop(0)
             yield step, made.result()
+    except BaseException:
+        cancel()
+        raise
     finally:
         # All are told before any is waited for: a stage may be waiting for the one before.
         for wait in (False, True):

@@ -39,18 +39,10 @@ def choose_compute_dtype(
     prompts: Sequence[Prompt],
     in_precision: Callable[[torch.dtype | None], tuple[Sampler, Trainer]],
 ) -> tuple[Sampler, Trainer, str]:
-    """Sampler and trainer in the precision that ``student.compute_dtype`` asks for, and its name.
-
-    Raises ConfigError for bfloat16 over weights that are not float32.
-    """
+    """Sampler and trainer in the precision that ``student.compute_dtype`` asks for, and its name. Raises as
+    ``check_compute_dtype``."""
+    check_compute_dtype(config.student, student)
     wanted = config.student.compute_dtype
-    if wanted == "bfloat16" and student.dtype != torch.float32:
-        raise ConfigError(
-            "student.compute_dtype",
-            got=f"bfloat16 over {student.dtype_name} weights",
-            expected="float32 weights, of which a bfloat16 copy is made",
-            remedy='drop it, or set student.dtype = "float32"',
-        )
     if student.dtype != torch.float32:
         return *in_precision(None), wanted
     pays = student.matmul_parameters()[0] >= _BF16_MIN_PARAMETERS and fast_bfloat16(student.device)
@@ -67,6 +59,22 @@ def choose_compute_dtype(
         mismatch,
     )
     return (sampler, trainer, "bfloat16") if chosen else (*in_precision(None), "float32")
+
+
+def check_compute_dtype(config: StudentConfig, student: LanguageModel) -> str:
+    """What ``compute_dtype`` comes to where it cannot be tried: as asked for, and "auto" float32.
+
+    Raises ConfigError for bfloat16 over weights that are not float32.
+    """
+    wanted = config.compute_dtype
+    if wanted == "bfloat16" and student.dtype != torch.float32:
+        raise ConfigError(
+            "student.compute_dtype",
+            got=f"bfloat16 over {student.dtype_name} weights",
+            expected="float32 weights, of which a bfloat16 copy is made",
+            remedy='drop it, or set student.dtype = "float32"',
+        )
+    return "float32" if wanted == "auto" and student.dtype == torch.float32 else wanted
 
 
 def _trial(sampler: Sampler, prompts: Sequence[Prompt], config: RunConfig) -> list[Rollout]:

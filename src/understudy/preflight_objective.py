@@ -52,8 +52,9 @@ def _check_servers(config: RunConfig) -> None:
                 "1: servers score at temperature 1, and the reverse KL would compare two different distributions",
                 "set sampling.temperature = 1, or bring the teacher into this process",
             )
-        if role is not None and role.url is None and role.when_away == "skip":
-            _refuse(f"{name}: when_away", '"skip" without a url', "a teacher on a server", "drop it")
+        if role is not None and role.when_away == "skip" and (role.url is None or role is config.reference):
+            got = '"skip" without a url' if role.url is None else '"skip"'
+            _refuse(f"{name}: when_away", got, "a teacher on a server, whose rows a step can do without", "drop it")
 
 
 def _check_lag(config: RunConfig) -> None:

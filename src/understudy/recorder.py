@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from understudy.backends.protocols import Teacher, Trainer
 from understudy.checkpoints import checkpoint_path
+from understudy.errors import ServerUnavailable
 from understudy.progress import StepProgress
 from understudy.rollout_store import rollout_record
 from understudy.runs import RunFolder, StopRequest
 from understudy.teacher_scores import score_reachable
 from understudy.tokenization import ModelText
-from understudy.types import ScoredRollout, Scores, TokenSequence, TopkScores, TrainingExample
+from understudy.types import Rollout, ScoredRollout, Scores, TokenSequence, TopkScores, TrainingExample
 
 if TYPE_CHECKING:
     from understudy.config import RunConfig
@@ -89,8 +90,7 @@ class Recorder:
         sequences = [TokenSequence(s.rollout.prompt.prompt_ids, s.rollout.completion_ids) for s in kept]
         alternatives: Sequence[Any] = [None] * len(kept)
         if topk := self._alternatives():
-            rollouts = [s.rollout for s in kept]
-            alternatives = score_reachable(self._teachers, rollouts, "topk", topk=topk, may_be_away=self._may_be_away)
+            alternatives = self._alternatives_of([s.rollout for s in kept], topk)
         logprobs = self._trainer.compute_logprobs(sequences)
         columns = zip(kept, examples[: len(kept)], logprobs, alternatives, strict=True)
         self._folder.save_rollouts(
@@ -100,6 +100,15 @@ class Recorder:
                 for number, column in enumerate(columns)
             ],
         )
+
+    def _alternatives_of(self, rollouts: Sequence[Rollout], topk: int) -> Sequence[Scores | None]:
+        """None for those of a teacher that is away, and may be: what pages show stops no run."""
+        try:
+            return score_reachable(self._teachers, rollouts, "topk", topk=topk, may_be_away=self._may_be_away)
+        except ServerUnavailable:
+            if not {rollout.prompt.teacher for rollout in rollouts} <= self._may_be_away:
+                raise
+            return [None] * len(rollouts)
 
     def _alternatives(self) -> int:
         """How many every teacher can offer, of those wanted."""

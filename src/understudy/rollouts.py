@@ -45,12 +45,17 @@ def within_lag(
     is found.
 
     Raises:
-        RunError: nothing is left.
+        RunError: nothing is left; or some are to be corrected in a run whose objective takes all for its own weights'.
     """
     ages = [step - rollout.policy_version_start for rollout in rollouts]
     stale = [age > sampling.max_policy_lag for age in ages]
     if sampling.max_policy_lag == 0 and not any(ages):
         return list(rollouts), {}
+    if sampling.max_policy_lag == 0 and sampling.stale == "correct":
+        raise RunError(
+            f"step {step}: the sampler wrote with weights up to {max(ages)} updates old; with sampling.max_policy_lag "
+            '= 0 nothing corrects for that. Set it to 1 or more, or sampling.stale = "drop"; --resume takes either'
+        )
     size = sampling.group_size
     dropped = [sampling.stale == "drop" and any(stale[i - i % size :][:size]) for i in range(len(rollouts))]
     kept = [rollout for rollout, drop in zip(rollouts, dropped, strict=True) if not drop]

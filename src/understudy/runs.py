@@ -28,7 +28,7 @@ from understudy.checkpoints import (
     write_json,
 )
 from understudy.config import RunConfig
-from understudy.config_served import ServerConfig
+from understudy.config_served import WEIGHTS_FOLDER, ServerConfig
 from understudy.costs import CostLedger
 from understudy.errors import ConfigError
 from understudy.metrics import MetricsLog, read_metrics
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 RESUMABLE = (
     "num_threads",
     "sampling.max_batch_rows",
+    "sampling.max_policy_lag",
+    "sampling.stale",
     "optim.micro_batch_tokens",
     "optim.num_steps",
     "checkpoints",
@@ -50,7 +52,7 @@ RESUMABLE = (
 )
 
 # How a server is reached may change too: a run goes on when its teacher has moved.
-_OF_SERVERS = (*ServerConfig.model_fields, "cache", "cache_gib", "when_away", "weights_dir")
+_OF_SERVERS = (*ServerConfig.model_fields, *("cache", "cache_gib", "when_away"), *("weights_dir", "max_mismatch"))
 _ROLE = r"(teacher|reference|sampler|teachers\.[^.]+)"
 
 # Keys whose absence means "auto".
@@ -124,8 +126,10 @@ class RunFolder:
                 expected="a new or empty folder",
                 remedy="choose another output_dir",
             )
-        # A crash before config.toml was whole leaves its half and the lock: as good as empty.
+        # A crash before config.toml was whole leaves its half, the lock, and weights for a server: as good as empty.
         held = [p.name for p in self.path.iterdir() if p.name != ".lock"] if self.path.is_dir() else []
+        if "config.toml" not in held:
+            held = [name for name in held if name != WEIGHTS_FOLDER]
         held = [name for name in held if not name.endswith(".partial")]
         if held and not resume:
             is_run = "config.toml" in held
@@ -222,7 +226,8 @@ class RunFolder:
     def record(self, step: int, row: Mapping[str, Any]) -> dict[str, Any]:
         """Append a step's metrics with its running costs."""
         full = {"step": step, **row}
-        full |= {f"time/{role}": seconds for role, seconds in self.costs.take_seconds().items()}
+        for role, seconds in self.costs.take_seconds().items():
+            full[f"time/{role}"] = full.get(f"time/{role}", 0.0) + seconds
         full |= {"cost/flops": self.costs.total("flops"), "cost/seconds": self.costs.total("seconds")}
         self.metrics.append(full)
         write_json(self.path / "costs.json", self.costs.to_json())

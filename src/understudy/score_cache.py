@@ -76,6 +76,9 @@ def from_bytes(content: bytes) -> Scores:
     return SampledScores(arrays["logprobs"])
 
 
+KEPT_KINDS = frozenset[ScoreKind]({"sampled", "topk"})
+
+
 def _digest(key: bytes, content: bytes) -> bytes:
     return hashlib.blake2b(key + content, digest_size=16).digest()
 
@@ -297,7 +300,7 @@ class CachedTeacher:
         self, sequences: Sequence[TokenSequence], kind: ScoreKind, *, topk: int = 0, **other: Any
     ) -> list[Scores]:
         """See ``Teacher.score``."""
-        if kind not in ("sampled", "topk"):
+        if kind not in KEPT_KINDS:
             return self._teacher.score(sequences, kind, topk=topk, **other)
         keys = [score_key(self._identity, kind, topk if kind == "topk" else 0, sequence) for sequence in sequences]
         wanted = dict(zip(keys, sequences, strict=True))

@@ -61,10 +61,10 @@ def score_reachable(
     """``score_rollouts``, with None for those of a teacher that ``may_be_away``, and is.
 
     Raises:
-        ServerUnavailable: a teacher is away that may not be, or all are.
+        ServerUnavailable: a teacher is away that may not be, or all of ``teachers`` are.
     """
     scores: list[Scores | None] = [None] * len(rollouts)
-    away: ServerUnavailable | None = None
+    away: dict[str, ServerUnavailable] = {}
     for name, own in _by_teacher(rollouts).items():
         try:
             asked = None if ids is None else [ids[i] for i in own]
@@ -72,13 +72,13 @@ def score_reachable(
         except ServerUnavailable as error:
             if name not in may_be_away:
                 raise
-            away = error
+            away[name] = error
             log.warning("teacher %r is away, %d completions go unmarked: %s", name, len(own), error)
             continue
         for i, score in zip(own, answers, strict=True):
             scores[i] = score
-    if away is not None and not any(scores):
-        raise away
+    if away and away.keys() == teachers.keys():
+        raise next(iter(away.values()))
     return scores
 
 

@@ -185,7 +185,7 @@ class FakeVllm:
 
     def _live(self) -> None:
         while not self.stays_down:
-            listening = socket.socket()
+            listening = socket.socket(proto=socket.IPPROTO_TCP)
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind(("127.0.0.1", self.port))
             self.port = listening.getsockname()[1]

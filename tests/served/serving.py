@@ -49,7 +49,7 @@ def load_engine(folder: Path, *, dtype: torch.dtype = torch.float32, **options: 
 @contextlib.contextmanager
 def listening(app: Starlette) -> Iterator[str]:
     """The application behind uvicorn in a thread: its address."""
-    listener = socket.socket()
+    listener = socket.socket(proto=socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
     config = uvicorn.Config(app, http="h11", ws="none", lifespan="on", log_config=None, access_log=False)
     server = uvicorn.Server(config)

@@ -479,3 +479,51 @@ def test_json_numbers_that_are_not_finite_are_left_to_the_reader():
     values = Reply(200, {}, b"[NaN, -Infinity, 1e999]").json()
     assert [str(value) for value in values] == ["nan", "-inf", "inf"]
     assert json.loads(b"[1]") == Reply(200, {}, b"[1]").json()
+
+
+def test_nobody_waits_twice_for_a_server_that_is_lost(serve: Serve):
+    time, engine = Time(), in_turn(*[Answer("no", 503)] * 40, Answer(7))
+    server, client = serve(engine, time, patience_seconds=10)
+    with pytest.raises(ServerUnavailable, match="no success for 10 s"):
+        client.call(get())
+    tried, waited = len(server.asked), len(time.pauses)
+    assert tried > 3
+    for _ in range(3):
+        with pytest.raises(ServerUnavailable, match="tried once"):
+            client.call(get())
+    assert (len(server.asked), len(time.pauses)) == (tried + 3, waited)
+    while len(server.asked) < 40:
+        with pytest.raises(ServerUnavailable):
+            client.call(get())
+    assert client.call(get()) == 7  # and from here on it has its patience again
+
+
+def test_an_impatient_request_does_not_make_the_server_a_lost_one(serve: Serve):
+    time = Time()
+    _, client = serve(in_turn(Answer("no", 503), Answer("no", 503), Answer(7)), time, patience_seconds=10)
+    with pytest.raises(ServerUnavailable):
+        client.call(get(), patience_seconds=0)
+    assert client.call(get()) == 7
+
+
+def test_what_is_under_way_can_be_cancelled(serve: Serve):
+    _, client = serve(lambda asked: Answer(1, delay=30))
+    errors: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            client.call(get())
+        except ServerUnavailable as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)
+    client.cancel()
+    for thread in threads:
+        thread.join(5)
+        assert not thread.is_alive()
+    assert [str(error).partition(": ")[2] for error in errors] == ["the run ended before there was an answer"] * 3
+    with pytest.raises(ServerUnavailable, match="the run ended"):
+        client.call(get())

@@ -10,6 +10,7 @@ import pytest
 from fake_engines import LETTERS, FakeSglang, LetterTokenizer, expected_logprobs, expected_topk
 from fake_server import Answer, Asked, FakeServer
 
+from understudy.backends.served_models import PROBE_IDS
 from understudy.backends.sglang import SglangTeacher
 from understudy.config_served import ServerConfig
 from understudy.errors import ConfigError, ServerError, ServerUnavailable
@@ -179,13 +180,23 @@ def test_scores_it_does_not_give(serve: Serve, kind: Any):
         teacher.score(SEQUENCES, kind)
 
 
+def test_marks_of_other_weights_are_refused(serve: Serve):
+    engine = FakeSglang()
+    _, teacher = serve(engine)
+    teacher.check(longest=8)
+    teacher.score(SEQUENCES, "sampled")
+    engine.seed = 1
+    with pytest.raises(ServerError, match="has other weights than it began with"):
+        teacher.score(SEQUENCES, "sampled")
+
+
 @pytest.mark.parametrize("old", [False, True])
 def test_check_of_a_server_that_will_do(serve: Serve, old: bool):
     server, teacher = serve(FakeSglang(old=old))
     teacher.check(longest=57, topk=5)
     first = ["/model_info", "/get_model_info"] if old else ["/model_info"]
-    assert [asked.path for asked in server.asked] == [*first, "/v1/models", "/server_info", "/generate"]
-    assert server.bodies("/generate")[0]["input_ids"] == [[7, 3]]
+    assert [asked.path for asked in server.asked] == [*first, "/v1/models", "/server_info", "/generate", "/generate"]
+    assert [body["input_ids"] for body in server.bodies("/generate")] == [[[7, 3]], [list(PROBE_IDS)]]
     # The longest that passes the check passes the server too, which refuses one more.
     teacher.score([TokenSequence([1], [2] * 56)], "sampled")
     with pytest.raises(ServerError, match="Input length"):

@@ -250,9 +250,21 @@ def test_check_of_a_server_that_will_do(serve: Serve):
     server, teacher = serve(FakeVllm())
     assert teacher.max_topk is None
     teacher.check(longest=63, topk=20)
-    assert [asked.path for asked in server.asked] == ["/v1/models", "/v1/completions", "/v1/completions"]
-    assert [body["prompt"] for body in server.bodies("/v1/completions")] == [[[7, 3]]] * 2
+    assert [asked.path for asked in server.asked] == ["/v1/models"] + ["/v1/completions"] * 3
+    assert [body["prompt"] for body in server.bodies("/v1/completions")] == [[[7, 3]], [list(PROBE_IDS)], [[7, 3]]]
     assert (teacher.temperature, teacher.kinds) == (1.0, {"sampled", "topk"})
+
+
+def test_marks_of_other_weights_are_refused(serve: Serve):
+    """A server may have been started again with another checkpoint under the same name."""
+    engine = FakeVllm()
+    _, teacher = serve(engine)
+    teacher.check(longest=8)
+    first = teacher.score(SEQUENCES, "sampled")
+    assert teacher.score(SEQUENCES, "sampled") == first
+    engine.seed = 1
+    with pytest.raises(ServerError, match=r"teacher 'maths' .* has other weights than it began with"):
+        teacher.score(SEQUENCES, "sampled")
 
 
 def test_the_server_may_say_how_many_alternatives_it_gives(serve: Serve):

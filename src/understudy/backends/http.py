@@ -16,6 +16,7 @@ import ssl
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from typing import Any, Generic, Self, TypeVar
 from urllib.parse import urlsplit
@@ -110,7 +111,8 @@ class ServerClient:
     Retried are: no connection, a connection that broke, a deadline that passed, statuses 429, 500, 502, 503 and 504
     (after Retry-After where given), and malformed replies a few times. Nothing else is. The time for it is
     ``patience_seconds`` since the last success of any request to this server, or since the request was first sent
-    where that is later. So a server may get a request twice, and must not mind.
+    where that is later. Once that has passed, a request is tried once, until one succeeds: nobody waits twice for a
+    server that is lost. A server may get a request twice, and must not mind.
 
     Raises:
         ConfigError: a url or an API key that cannot be used.
@@ -132,11 +134,13 @@ class ServerClient:
         self._clock = clock or Clock()
         self._gate = Gate(self._connection.max_concurrency)
         self._last_success = self._last_warning = float("-inf")
+        self._lost = self._cancelled = False
         self._hide = _hider(api_key)
         self._http = _http_client(self.root, api_key, self._connection.max_concurrency)
         self._loop = background_loop()
         self._pid = os.getpid()
         self._closed = False
+        self._under_way: set[Callable[[], None]] = set()  # each gives one ``map`` up
 
     def __enter__(self) -> Self:
         return self
@@ -149,6 +153,12 @@ class ServerClient:
         if not self._closed and self._pid == os.getpid():
             self._closed = True
             asyncio.run_coroutine_threadsafe(self._http.aclose(), self._loop).result()
+
+    def cancel(self) -> None:
+        """End what is under way, and all that is asked from now on, with ServerUnavailable: the run is over."""
+        self._cancelled = True
+        for give_up in list(self._under_way):
+            self._loop.call_soon_threadsafe(give_up)
 
     def call(self, request: Request[T], *, patience_seconds: float | None = None) -> T:
         """The parsed reply.
@@ -187,12 +197,19 @@ class ServerClient:
             for task in tasks:
                 task.cancel()
 
+        self._under_way.add(give_up)
         try:
+            if self._cancelled:  # by now: a later one finds ``give_up`` there
+                give_up()
             # Ctrl-C may come before this has returned a future to cancel.
             return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
+        except CancelledError:
+            raise ServerUnavailable(f"{self._who}: the run ended before there was an answer") from None
         except BaseException:
             self._loop.call_soon_threadsafe(give_up)
             raise
+        finally:
+            self._under_way.discard(give_up)
 
     async def _all(self, requests: Sequence[Request[T]], patience: float) -> list[T]:
         replies: dict[int, T] = {}
@@ -217,6 +234,7 @@ class ServerClient:
         body = None if request.body is None else json.dumps(request.body, allow_nan=False).encode()
         async with self._gate.place():
             started, failures = self._clock.now(), list[TryAgain]()
+            once = self._lost
             while True:
                 gate_round = self._gate.round
                 try:
@@ -224,12 +242,12 @@ class ServerClient:
                 except TryAgain as failure:
                     failures.append(failure)
                 else:
-                    self._last_success = self._clock.now()
+                    self._last_success, self._lost = self._clock.now(), False
                     self._gate.succeeded()
                     return value
                 if failures[-1].overloaded:
                     self._gate.overloaded(gate_round)
-                await self._clock.sleep(self._pause(request, failures, started, patience))
+                await self._clock.sleep(self._pause(request, failures, started, 0.0 if once else patience))
 
     async def _attempt(self, request: Request[T], body: bytes | None) -> T:
         """One request and its reply, parsed. Raises TryAgain or what is final."""
@@ -272,6 +290,7 @@ class ServerClient:
         if left <= 0 or last.after > left:
             asked = f", and asks to wait {last.after:g} s more" if last.after > max(left, 0) else ""
             waited = f"no success for {patience:g} s (connection.patience_seconds), " if patience else ""
+            self._lost = self._lost or patience >= self._connection.patience_seconds
             raise ServerUnavailable(
                 f"{self._describe(request)}: {waited}tried {times}; the last time: {last}{asked}",
                 status=last.status,

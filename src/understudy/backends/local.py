@@ -176,7 +176,7 @@ class LocalTeacher:
         self.model = model
         self.temperature = temperature
         self._batch_tokens = batch_tokens or default_micro_batch_tokens(model.device)
-        self._autocast = autocast
+        self.autocast = autocast
 
     @property
     def head(self) -> LMHead:
@@ -196,7 +196,7 @@ class LocalTeacher:
             layout = lay_out([sequences[i] for i in chosen], device=self.model.device, arrangement=arrangement)
             lengths = [len(sequences[i].completion_ids) for i in chosen]
             remedy = f"lower optim.micro_batch_tokens (now {self._batch_tokens})"
-            with _enough_memory("scoring", remedy), _autocast(self.model, self._autocast):
+            with _enough_memory("scoring", remedy), _autocast(self.model, self.autocast):
                 for i, score in zip(chosen, self._batch(layout, lengths, kind, topk), strict=True):
                     scores[i] = score
         return [score for score in scores if score is not None]

@@ -54,6 +54,10 @@ class ServedTeacher:
         head, _ = self._fetched_head()
         return head if self.vocab_size is None else head.sliced(self.vocab_size)
 
+    def cancel(self) -> None:
+        """End what is under way: see ``ServerClient.cancel``."""
+        self._client.cancel()
+
     def close(self) -> None:
         """Close its client."""
         if self._owns_client:

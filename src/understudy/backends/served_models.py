@@ -17,6 +17,7 @@ TOKENS_AT_ONCE = 2048  # ids in one /detokenize
 # Ids that every vocabulary has, in no order of their own: a model that was trained further marks them otherwise.
 PROBE_IDS = (7, 3, 11, 2, 9, 5, 14, 1, 12, 6, 10, 4, 13, 8, 15, 3)
 PROBE_DECIMALS = 2  # coarser than what load and batch size change, finer than what training does
+SAME_WEIGHTS = 0.1  # nats, of one token: further apart are only other weights, or another dtype
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,31 @@ def fingerprint_of(description: dict[str, Any], logprobs: Sequence[float] | None
     rounded = None if logprobs is None else [round(value, PROBE_DECIMALS) + 0.0 for value in logprobs]  # no -0.0
     text = json.dumps([description, rounded], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+class SameWeights:
+    """Watches that a server goes on with the weights it was first looked at with: one that is restarted may have others
+    under the same name. ``probe`` () -> log-probabilities of a few tokens."""
+
+    def __init__(self, probe: Callable[[], Sequence[float]], who: str) -> None:
+        self._probe, self._who = probe, who
+        self._known: Sequence[float] | None = None
+
+    def look(self) -> None:
+        """What later ones are compared with."""
+        self._known = self._probe()
+
+    def check(self) -> None:
+        """Raises ServerError where the server marks otherwise than at the first look; if there was one."""
+        if self._known is None:
+            return
+        found = self._probe()
+        apart = max(abs(a - b) for a, b in zip(found, self._known, strict=True))
+        if apart > SAME_WEIGHTS:
+            raise ServerError(
+                f"{self._who}: has other weights than it began with: its marks of {len(found)} tokens have moved by up "
+                f"to {apart:.3g} nats. Serve the checkpoint that marked before, in the same dtype, or start a new run"
+            )
 
 
 def check_tokens(

@@ -10,6 +10,7 @@ from understudy.backends.http import BadReply, Reply, Request, ServerClient, cli
 from understudy.backends.served_models import (
     CHECK_SECONDS,
     PROBE_IDS,
+    SameWeights,
     check_tokens,
     fingerprint_of,
     refusing,
@@ -55,6 +56,11 @@ class SglangTeacher:
         self._wanted = config.served_model
         self._request_tokens = config.connection.request_tokens
         self._who = f"teacher {name!r} at {self._client.root}"
+        self._weights = SameWeights(self._probe_marks, self._who)
+
+    def cancel(self) -> None:
+        """End what is under way: see ``ServerClient.cancel``."""
+        self._client.cancel()
 
     def close(self) -> None:
         """Close its client."""
@@ -92,6 +98,7 @@ class SglangTeacher:
         with refusing(self._who, expected=marks, remedy="use a version of SGLang that has them"):
             request = self._request([Piece(0, list(PROBE_IDS[:2]), 1)], "topk" if topk else "sampled", topk)
             self._client.call(request, patience_seconds=CHECK_SECONDS)
+            self._weights.look()
 
     def _room(self, context: int | None) -> int | None:
         """The longest sequence it takes; None where it does not say."""
@@ -123,8 +130,11 @@ class SglangTeacher:
             ServerError: the server did not answer.
         """
         info = self._info()
-        [probe] = self.compute_logprobs([TokenSequence(PROBE_IDS[:1], PROBE_IDS[1:])])
-        return fingerprint_of({key: info.get(key) for key in ("model_path", "weight_version")}, probe)
+        return fingerprint_of({key: info.get(key) for key in ("model_path", "weight_version")}, self._probe_marks())
+
+    def _probe_marks(self) -> list[float]:
+        [marks] = self._scored([TokenSequence(PROBE_IDS[:1], PROBE_IDS[1:])], "sampled", 0)
+        return list(marks.teacher_logprobs)
 
     def vocabulary(self, tokenizer: Any) -> bool:
         """Compare what every id of ``tokenizer`` means with what the server says. False: it has no /detokenize.
@@ -143,10 +153,16 @@ class SglangTeacher:
 
         Raises:
             ServerUnavailable: the server was away for longer than patience allows.
-            ServerError: it refused, its replies stay malformed, or a log-probability is not finite.
+            ServerError: it refused, its replies stay malformed, a log-probability is not finite, or it has other
+                weights than it began with.
         """
         topk = topk if kind == "topk" else 0
         check_kind(kind, self.kinds, topk, self._who)
+        scores = self._scored(sequences, kind, topk)
+        self._weights.check()  # after each call, before anyone trains on these marks or keeps them
+        return scores
+
+    def _scored(self, sequences: Sequence[TokenSequence], kind: ScoreKind, topk: int) -> list[Scores]:
         request = partial(self._request, kind=kind, topk=topk)
         return score_with(self._client, request, sequences, self._request_tokens, self._who, topk=topk)
 

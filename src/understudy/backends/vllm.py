@@ -11,6 +11,7 @@ from understudy.backends.http import BadReply, Reply, Request, ServerClient, cli
 from understudy.backends.served_models import (
     CHECK_SECONDS,
     PROBE_IDS,
+    SameWeights,
     ServedModel,
     check_tokens,
     fingerprint_of,
@@ -56,11 +57,16 @@ class VllmTeacher:
         self._request_tokens = config.connection.request_tokens
         self._who = f"teacher {name!r} at {self._client.root}"
         self._model: ServedModel | None = None
+        self._weights = SameWeights(self._probe_marks, self._who)
 
     @property
     def max_topk(self) -> int | None:
         """See the class."""
         return self._model.max_logprobs if self._model else None
+
+    def cancel(self) -> None:
+        """End what is under way: see ``ServerClient.cancel``."""
+        self._client.cancel()
 
     def close(self) -> None:
         """Close its client."""
@@ -88,6 +94,7 @@ class VllmTeacher:
         marks = "log-probabilities of a prompt's tokens (prompt_logprobs)"
         with refusing(self._who, expected=marks, remedy="use vLLM, or another server that has them"):
             self._probe("sampled", 0)
+            self._weights.look()
         if topk:
             remedy = f"serve it with --max-logprobs {max(topk, MAX_LOGPROBS)}"
             with refusing(self._who, expected=f"{topk} alternatives for each token of a prompt", remedy=remedy):
@@ -117,8 +124,11 @@ class VllmTeacher:
         model = self._served()
         if model.fingerprint is not None:
             return fingerprint_of({"fingerprint": model.fingerprint}, None)
-        [probe] = self.compute_logprobs([TokenSequence(PROBE_IDS[:1], PROBE_IDS[1:])])
-        return fingerprint_of({"id": model.id, "root": model.root}, probe)
+        return fingerprint_of({"id": model.id, "root": model.root}, self._probe_marks())
+
+    def _probe_marks(self) -> list[float]:
+        [marks] = self._scored([TokenSequence(PROBE_IDS[:1], PROBE_IDS[1:])], "sampled", 0)
+        return list(marks.teacher_logprobs)
 
     def vocabulary(self, tokenizer: Any) -> bool:
         """Compare what every id of ``tokenizer`` means with what the server says. False: it has no /detokenize.
@@ -137,10 +147,16 @@ class VllmTeacher:
 
         Raises:
             ServerUnavailable: the server was away for longer than patience allows.
-            ServerError: it refused, its replies stay malformed, or a log-probability is not finite.
+            ServerError: it refused, its replies stay malformed, a log-probability is not finite, or it has
+                other weights than it began with.
         """
         topk = topk if kind == "topk" else 0
         check_kind(kind, self.kinds, topk, self._who)
+        scores = self._scored(sequences, kind, topk)
+        self._weights.check()  # after each call, before anyone trains on these marks or keeps them
+        return scores
+
+    def _scored(self, sequences: Sequence[TokenSequence], kind: ScoreKind, topk: int) -> list[Scores]:
         request = partial(self._request, kind=kind, topk=topk)
         return score_with(self._client, request, sequences, self._request_tokens, self._who, topk=topk)
 

@@ -23,13 +23,11 @@ from understudy.backends.weight_push import (
     described,
 )
 from understudy.config import SamplingConfig
-from understudy.config_served import SamplerServerConfig
-from understudy.errors import RunError, ServerError, ServerUnavailable
+from understudy.config_served import WEIGHTS_FOLDER, SamplerServerConfig
+from understudy.errors import ServerError, ServerUnavailable
 from understudy.types import Prompt, Rollout, TokenSequence
 
 log = logging.getLogger("understudy")
-
-WEIGHTS_FOLDER = "sampler_weights"  # in output_dir
 
 
 class VllmSampler:
@@ -86,6 +84,10 @@ class VllmSampler:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def cancel(self) -> None:
+        """End what is under way: see ``ServerClient.cancel``."""
+        self._client.cancel()
 
     def close(self) -> None:
         """Remove the weights' folders and close the connections."""
@@ -199,7 +201,7 @@ class VllmSampler:
             return False
         self.last_mismatch = mismatch
         if wrong := complaint(mismatch, self._config.max_mismatch):
-            raise RunError(
+            raise ServerError(
                 f"{described(self._client)} was sent the weights of version {self._policy_version}, but {wrong}"
             )
         self._probed = True
