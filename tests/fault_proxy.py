@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 STORM = 4  # requests that a storm answers in a row
-PAST_DEADLINE = 2.5  # seconds that some replies take: longer than timeout_seconds of the runs behind this proxy
+PAST_DEADLINE = 1.5  # seconds that some replies take: longer than timeout_seconds of the runs behind this proxy
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from fake_vllm import FakeVllm
-from fault_proxy import FAULTS, Schedule, faulty
 from safetensors.torch import load_file
 from serving import listening, load_engine
 
 import understudy
+from fault_proxy import FAULTS, Schedule, faulty
 from understudy import ConfigError, RunConfig
+from understudy.backends import http_retry
 from understudy.errors import ServerError
 from understudy.serve.app import create_app
 from understudy.serve.settings import ServeSettings
@@ -22,7 +23,7 @@ from user import bpe_tokenizer, metrics, save_model, tree, write_rows
 
 STEPS = 3
 # Small requests, so that there are many to spoil; soon given up, so that stops are quick.
-CONNECTION = {"request_tokens": 24, "max_concurrency": 3, "timeout_seconds": 2.0, "patience_seconds": 3.0}
+CONNECTION = {"request_tokens": 24, "max_concurrency": 3, "timeout_seconds": 1.0, "patience_seconds": 3.0}
 OBJECTIVES = {
     "vllm": {"estimator": "sampled"},
     "understudy": {"estimator": "full"},  # hidden states: binary replies
@@ -30,6 +31,12 @@ OBJECTIVES = {
     "sampler": {"estimator": "sampled"},
 }
 APIS = tuple(OBJECTIVES)
+
+
+@pytest.fixture(autouse=True)
+def soon_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses for the servers of this test."""
+    monkeypatch.setattr(http_retry, "FIRST_SECONDS", 0.02)
 
 
 @pytest.fixture(scope="module")
