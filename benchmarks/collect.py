@@ -12,6 +12,7 @@ PARTS = {
     "profiled": "What the time goes into",
     "scaling": "How the step grows",
     "lm_head": "The loss at the LM head",
+    "served": "Roles on servers",
     "gpu": "One data-centre GPU",
 }
 MISSING = {"gpu": "Not measured: no GPU was at hand."}
