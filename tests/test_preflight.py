@@ -86,7 +86,7 @@ MISTAKES: dict[str, tuple[str, Change, list[str]]] = {
         ["optim.learnig_rate", "did you mean optim.learning_rate"],
     ),
     "unknown abbreviation": ("distill", put("optim.lr", 1), ["optim.lr", "learning_rate"]),
-    "unknown section": ("distill", put("samplings.top_p", 1.0), ["samplings", "did you mean sampling?"]),
+    "unknown section": ("distill", put("samplings.top_p", 1.0), ["samplings", "did you mean sampling or sampler?"]),
     "key outside its section": ("distill", put("learning_rate", 1), ["learning_rate", "optim.learning_rate"]),
     "unknown task key": ("eval", task(grder="x"), ["evaluation.tasks.0.grder", "evaluation.tasks[].grader"]),
     "unknown teacher key": (

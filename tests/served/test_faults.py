@@ -146,9 +146,9 @@ def test_hundreds_of_schedules(
     api: str, world: Path, urls: dict[str, str], undisturbed: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     ends: Counter[str] = Counter()
-    for seed in range(150):
+    for seed in range(100):
         schedule = Schedule(seed, share=0.02 + 0.1 * (seed % 4))
         ends[disturbed(world, tmp_path / str(seed), urls[api], api, schedule, undisturbed[api])] += 1
     print(dict(ends))
-    assert ends["equal"] > 50
+    assert ends["equal"] > 30
     assert ends["stopped"] > 10
