@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +60,10 @@ def serve(model: ServedModel, settings: ServeSettings, *, host: str, port: int, 
     is_loopback = _is_loopback(host)
     api_key = _api_key(api_key_env, host, required=not is_loopback)
     with _json_log(), _bound(host, port) as listener:
-        engine = _load(model, settings)
+        # In a thread that ends, and its OpenMP team with it: beside a second team, the one of the thread that scores
+        # sleeps at every barrier instead of spinning.
+        with ThreadPoolExecutor(1) as loader:
+            engine = loader.submit(_load, model, settings).result()
         hosts = (*_LOOPBACK_NAMES, host) if is_loopback and api_key is None else None
         app = create_app(engine, settings, api_key=api_key, hosts=hosts)
         config = uvicorn.Config(
