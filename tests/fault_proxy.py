@@ -128,6 +128,7 @@ class FaultProxy:
         ready()
         await stop.wait()
         server.close()
+        await asyncio.sleep(0.01)  # connections that have just been taken get to their handler, which closes them
 
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
