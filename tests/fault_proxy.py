@@ -131,13 +131,15 @@ class FaultProxy:
         await asyncio.sleep(0.01)  # connections that have just been taken get to their handler, which closes them
 
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            while request := await _message(reader):
-                if not await self._answer(request, writer):
-                    break
-        writer.close()
-        with contextlib.suppress(ConnectionError, asyncio.CancelledError):
-            await writer.wait_closed()
+        try:
+            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+                while request := await _message(reader):
+                    if not await self._answer(request, writer):
+                        break
+        finally:
+            writer.close()
+            with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+                await writer.wait_closed()
 
     async def _answer(self, request: bytes, writer: asyncio.StreamWriter) -> bool:
         """Whether the connection stays open."""
@@ -182,7 +184,10 @@ class FaultProxy:
         try:
             writer.write(request)
             await writer.drain()
-            head, body = _split(await _message(reader))
+            reply = await _message(reader)
+            if not reply:
+                raise ConnectionResetError("the server closed the connection")
+            head, body = _split(reply)
         finally:
             writer.close()
         lines = head.decode("latin-1").split("\r\n")
