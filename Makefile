@@ -28,8 +28,8 @@ $(STAMP): pyproject.toml constraints.txt
 check: lint test  ## what continuous integration runs: format, lint, types, CPU tests (the built wheel among them)
 
 lint: $(STAMP)  ## ruff format --check, ruff check, pyright
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
+	$(BIN)/ruff format --no-cache --check .
+	$(BIN)/ruff check --no-cache .
 	$(BIN)/pyright
 
 format: $(STAMP)  ## rewrite files as ruff wants them
