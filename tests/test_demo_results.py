@@ -11,6 +11,7 @@ pytestmark = pytest.mark.slow
 
 def test_ledger_demo_shows_distillation_ahead(tmp_path):
     jobs, _ = ledger_demo.run_demo(tmp_path)
+    assert [job.name for job in jobs if (job.folder / "guards.jsonl").exists()] == []
     found = {outcome.name: outcome for outcome in ledger_page.outcomes(jobs)}
     t1 = {name: outcome.t1[0] for name, outcome in found.items()}
     assert t1["distill-full"] > t1["distill-sampled"] > t1["sft"] + 0.1
@@ -26,6 +27,7 @@ def test_ledger_demo_shows_distillation_ahead(tmp_path):
 
 def test_assistant_demo_restores_behaviour_and_keeps_facts(tmp_path):
     jobs, _ = assistant_demo.run_demo(tmp_path)
+    assert [job.name for job in jobs if (job.folder / "guards.jsonl").exists()] == []
     last = {job.name: job.rows()[-1] for job in jobs if job.num_steps}
     instructions = {name: row["eval/instructions/greedy"] for name, row in last.items()}
     new_facts = {name: row["eval/new_facts/greedy"] for name, row in last.items()}

@@ -337,6 +337,9 @@ class Nobody:
 
     first_step = 0
 
+    def inspect(self, row: Mapping[str, float], scored: Sequence[ScoredRollout]) -> None:
+        pass
+
     def keep_rollouts(self, step: int, scored: Sequence[ScoredRollout], examples: Sequence[TrainingExample]) -> None:
         pass
 

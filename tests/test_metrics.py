@@ -1,8 +1,11 @@
 """A step's numbers, worked out by hand, and the file they go to."""
 
+import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +14,14 @@ from understudy.config_objective import ObjectiveConfig
 from understudy.divergences import KINDS, Divergence
 from understudy.lm_head import LMHead
 from understudy.losses import cispo_loss, importance_sampling_loss, ppo_loss
-from understudy.metrics import MetricsLog, read_metrics, rollout_metrics, update_metrics
+from understudy.metrics import (
+    MetricsLog,
+    agreement_metrics,
+    alignment,
+    read_metrics,
+    rollout_metrics,
+    update_metrics,
+)
 from understudy.objectives import CrossEntropy, FullDivergence, Objective, PolicyGradient, TopkDivergence
 from understudy.types import Batch, SampledScores, ScoredRollout
 
@@ -42,8 +52,71 @@ def test_rollout_metrics_by_hand() -> None:
             "reverse_kl/mean": 0.25,  # 1.25 nats over 5 tokens, not the mean of 0.875 and -1/6
             "reverse_kl/max": 2.0,
             "reward/mean": 0.5,
+            # No mark is below log 0.001; one token is likely, e^-0.5, and e^-0.25 to the teacher.
+            "teacher/rejected_share": 0.0,
+            "teacher/rejected_first_share": 0.0,
+            "teacher/rejected_end_share": 0.0,
+            "teacher/sharpness": math.log(1 / math.expm1(0.25)) / math.log(1 / math.expm1(0.5)),
         }
     )
+
+
+def test_where_the_teacher_finds_tokens_impossible() -> None:
+    rows = [
+        scored([5, 6, 0], [-1.0] * 3, [-7.0, -1.0, -8.0]),
+        scored([5, 0], [-1.0] * 2, [-6.9, -1.0]),  # e^-6.9 is just above 0.001
+        scored([5, 6, 7], [-1.0] * 3, [-7.0, -1.0, -9.0]),  # cut: its last token is no end
+    ]
+    assert agreement_metrics(rows) == pytest.approx(
+        {
+            "teacher/rejected_share": 4 / 8,
+            "teacher/rejected_first_share": 2 / 3,
+            "teacher/rejected_end_share": 1 / 2,
+        }
+    )
+    assert "teacher/rejected_end_share" not in agreement_metrics(rows[2:])
+    assert agreement_metrics([scored([5, 0], [-1.0, -1.0], None)]) == {}
+
+
+def test_sharpness_is_a_ratio_of_medians_of_log_odds() -> None:
+    """Log-odds of 0.6, 0.8 and 0.9 are 0.41, 1.39 and 2.20; the unlikely 0.4 does not count."""
+    student = [math.log(p) for p in (0.6, 0.8, 0.9, 0.4)]
+    at_two = [math.log(p) for p in (0.5, 1 / (1 + math.exp(-math.log(4) / 2)), 0.75, 0.01)]
+    assert agreement_metrics([scored([5] * 4, student, at_two)])["teacher/sharpness"] == pytest.approx(0.5)
+    assert agreement_metrics([scored([5] * 4, student, student)])["teacher/sharpness"] == 1.0
+    # What rounds to 1 counts as 1 - 1e-8.
+    sure = agreement_metrics([scored([5], [math.log(0.8)], [0.0])])["teacher/sharpness"]
+    assert sure == pytest.approx(math.log(1e8) / math.log(4))
+
+
+def test_the_alignment_of_an_update_with_the_marks() -> None:
+    """Log p and log q are independent; every move is a part of log q, and a part that log p explains."""
+    generator = np.random.default_rng(0)
+    p, q = generator.uniform(-3, -0.1, 400), generator.uniform(-3, -0.1, 400)
+    rows = [scored([5] * 400, p.tolist(), q.tolist()), scored([5], [-2.0], None)]
+
+    def found(moves: Any, noise: float = 0.0) -> float | None:
+        start = p + noise * np.resize([1.0, -1.0], 400)
+        return alignment(rows, [start.tolist(), [-2.0]], [(start + moves).tolist(), [-9.0]])
+
+    down = -0.1 * (1 - np.exp(p))  # what a loss does that lowers all it sees
+    assert found(0.01 * q) == pytest.approx(1.0)
+    assert found(-0.01 * q) == pytest.approx(-1.0)
+    assert found(0.01 * q + down) == pytest.approx(1.0)
+    assert abs(found(down + 1e-6 * generator.normal(size=400)) or 1) < 0.15  # nothing but noise is left
+    assert found(0.0 * q) is None
+    # Moves of 0.01 * 1.77 (root mean square), trainer and sampler 0.005 or 0.007 apart: a third of them is 0.0059.
+    assert found(0.01 * q, noise=0.005) is not None
+    assert found(0.01 * q, noise=0.007) is None
+    assert alignment([scored([5] * 99, [-1.0] * 99, [-2.0] * 99)], [[-1.0] * 99], [[-1.1] * 99]) is None
+    assert alignment(rows[1:], [[-2.0]], [[-9.0]]) is None
+
+
+def test_an_update_that_was_not_made_has_no_means_where_a_number_was_not_finite() -> None:
+    update = {"loss": 1.0, "abs_log_ratio": 0.1, "tokens": 8, "skipped": 1.0, "nonfinite": 1.0}
+    assert update_metrics(update) == {"tokens/trained": 8, "update/skipped": 1.0, "update/nonfinite": 1.0}
+    del update["nonfinite"]
+    assert update_metrics(update)["optim/loss"] == 1.0
 
 
 def test_absent_teachers_and_graders_give_no_numbers() -> None:

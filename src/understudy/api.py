@@ -17,7 +17,7 @@ from understudy.backends.protocols import Sampler, Teacher, Trainer
 from understudy.checkpoints import checkpoint_path, write_json
 from understudy.config import RunConfig, StudentConfig
 from understudy.costs import CostLedger, MeteredSampler
-from understudy.errors import ServerError, ServerUnavailable
+from understudy.errors import GuardStop, NonFiniteError, ServerError, ServerUnavailable
 from understudy.evaluation import evaluate_tasks, outcome_metrics, task_outcomes, write_outcomes
 from understudy.loop import on_policy_loop, sample, score
 from understudy.metering import counted_model, matmul_sizes
@@ -150,10 +150,14 @@ def _run(
             )
             try:
                 recorder.start()
-                work(parts, recorder)
-            except ServerError:
+                work(replace(parts, trainer=recorder.guarded(parts.trainer)), recorder)
+            except (ServerError, NonFiniteError, GuardStop) as error:
                 # The weights are whole, and what is away may be back tomorrow.
-                log.info("%s: --resume goes on after step %d", folder.path, recorder.save_last_update())
+                step = recorder.save_after(error)
+                if step is None:
+                    log.warning("%s: the weights are not finite and are not kept", folder.path)
+                else:
+                    log.info("%s: --resume goes on after step %d", folder.path, step)
                 raise
             finally:
                 recorder.close()

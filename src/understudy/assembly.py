@@ -294,6 +294,16 @@ def _check_given(config: RunConfig, checked: Checked, given: Given) -> None:
             expected="a sampler that writes with this trainer's weights; the configured one would never see an update",
             remedy="pass sampler=... too",
         )
+    skipping = [name for name, action in config.guards.actions() if action == "skip"]
+    skipping += ["gradient"] if config.guards.gradient.action == "stop" else []
+    if skipping and given.trainer is not None and not hasattr(given.trainer, "discard_gradients"):
+        raise ConfigError(
+            f"guards.{skipping[0]}.action",
+            got=f"{config.guards.action(skipping[0])}, and a {type(given.trainer).__name__} without discard_gradients",
+            expected="a trainer that can look at a gradient and forget it",
+            remedy="give it the methods gradient_norm and discard_gradients (Trainer), or set "
+            f'guards.{skipping[0]}.action = "warn"',
+        )
     if config.sampling.max_policy_lag > 0 and given.sampler is None and config.sampler is None:
         raise ConfigError(
             "sampling.max_policy_lag",

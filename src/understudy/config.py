@@ -16,8 +16,9 @@ import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from understudy.config_base import Section, read_toml, set_dotted, toml_value
+from understudy.config_guards import GuardsConfig
 from understudy.config_objective import ObjectiveConfig
-from understudy.config_rows import PromptsConfig, RowsConfig
+from understudy.config_rows import MixConfig, PromptsConfig, RowsConfig
 from understudy.config_served import SamplerServerConfig, ServerConfig
 from understudy.errors import ConfigError
 
@@ -117,13 +118,6 @@ class RewardConfig(Section):
 
     grader: str
     """A grader's name (docs/tasks.md) or "package.module:function"."""
-
-
-class MixConfig(RowsConfig):
-    """Other rows among those of [prompts], e.g. chats among documents."""
-
-    share: float = Field(gt=0, lt=1)
-    """Share of the sequences of all steps that come from here; each source runs through its own epochs."""
 
 
 class SupervisedConfig(Section):
@@ -250,6 +244,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     rollouts: RolloutsConfig = RolloutsConfig()
+    guards: GuardsConfig = GuardsConfig()
 
     @model_validator(mode="before")
     @classmethod

@@ -59,3 +59,10 @@ class PromptsConfig(RowsConfig):
     teacher_of_task: dict[str, str] = Field(default_factory=dict)
     """{maths = "large"}: rows whose "task" is maths are marked by [teachers.large]. A row's own "teacher" comes
     first."""
+
+
+class MixConfig(RowsConfig):
+    """Other rows among those of [prompts], e.g. chats among documents."""
+
+    share: float = Field(gt=0, lt=1)
+    """Share of the sequences of all steps that come from here; each source runs through its own epochs."""

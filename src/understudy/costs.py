@@ -275,6 +275,15 @@ class MeteredTrainer:
         self._costs.add("student_training", tokens=0, flops=0.0, seconds=_now() - start)
         return metrics
 
+    def gradient_norm(self, *, divisor: int) -> float | None:
+        """See ``Trainer.gradient_norm``."""
+        look = getattr(self._trainer, "gradient_norm", None)
+        return look(divisor=divisor) if look is not None else None
+
+    def discard_gradients(self) -> None:
+        """See ``Trainer.discard_gradients``."""
+        self._trainer.discard_gradients()
+
     def state_dict(self) -> dict[str, Any]:
         """See ``Trainer.state_dict``."""
         return self._trainer.state_dict()

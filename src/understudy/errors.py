@@ -3,7 +3,9 @@
 UnderstudyError
 ├── ConfigError      bad input, found before compute is spent            exit code 2
 └── RunError         something failed while running; state is kept       exit code 1
-    ├── ZeroProbabilityError    an infinite divergence, with the position where it is
+    ├── GuardStop       a guard ended the run, with the weights of the last good update
+    ├── NonFiniteError  a mark, a loss or a gradient is not a finite number; no update was made of it
+    │   └── ZeroProbabilityError    an infinite divergence, with the position where it is
     └── ServerError             a server answered wrongly for good, with its name
         └── ServerUnavailable   a server was away for longer than its connection's patience_seconds
 """
@@ -33,7 +35,19 @@ class RunError(UnderstudyError, RuntimeError):
     exit_code = 1
 
 
-class ZeroProbabilityError(RunError, ValueError):
+class GuardStop(RunError):
+    """A guard's action is stop. ``keeps``: whether the weights are those of the last good update, and may be saved."""
+
+    def __init__(self, message: str, *, keeps: bool = True) -> None:
+        self.keeps = keeps
+        super().__init__(message)
+
+
+class NonFiniteError(RunError):
+    """A mark, a loss or a gradient is not a finite number. The weights are those of the update before."""
+
+
+class ZeroProbabilityError(NonFiniteError, ValueError):
     """A divergence is infinite: one of the two models gives a token probability zero where the other does not."""
 
 

@@ -39,6 +39,7 @@ def on_policy_loop(parts: Parts, recorder: Recorder) -> None:
     with closing(ahead(steps, [write, mark], lag=lag, cancel=parts.cancel)) as marked:
         for step, (scored, examples, row) in marked:
             recorder.keep_rollouts(step, scored, examples)
+            recorder.inspect(row, scored)
 
             batches = micro_batches(examples, **parts.batching)
             rate, reduction = learning_rate_at(config.optim, step), config.objective.reduction

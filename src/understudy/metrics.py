@@ -6,14 +6,21 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from understudy.checkpoints import write_atomic
+import numpy as np
+
+from understudy.checkpoints import flush, write_atomic
 from understudy.config_objective import ObjectiveConfig
 from understudy.divergences import KINDS
 from understudy.types import Rollout, ScoredRollout, Scores
 
 _DEFAULTS = ObjectiveConfig()
+# log q below which the teacher finds a token impossible; log p above which the student finds it likely.
+IMPOSSIBLE, LIKELY = math.log(1e-3), math.log(0.5)
+# Of a correlation between tokens that is known to 0.1.
+LEAST_TOKENS = 100
 
 
 class MetricsLog:
@@ -26,6 +33,11 @@ class MetricsLog:
         """Add a step's row."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(dict(row), allow_nan=False) + "\n")
+
+    def flush(self) -> None:
+        """Force it to disk, if there is one."""
+        if self.path.exists():
+            flush(self.path)
 
     def truncate_after(self, step: int) -> None:
         """Drop rows of later steps, and a last line cut by a crash: they will be written again."""
@@ -57,7 +69,7 @@ def rollout_metrics(
         "completion_length/mean": tokens / len(rollouts),
         "completion_length/max": float(max(lengths)),
         "truncated/share": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
-        "repeated_4gram/share": sum(_repeats(r.completion_ids) for r in rollouts) / max(1, tokens),
+        "repeated_4gram/share": sum(repeated_4grams(r.completion_ids) for r in rollouts) / max(1, tokens),
         "entropy/sampled": -sum(math.fsum(r.sampler_logprobs) for r in rollouts) / tokens,
     }
     if num_written is not None and num_written > len(scored):
@@ -77,7 +89,60 @@ def rollout_metrics(
     rewards = [s.reward for s in scored if s.reward is not None]
     if rewards:
         metrics["reward/mean"] = sum(rewards) / len(rewards)
+    return metrics | agreement_metrics(scored)
+
+
+def agreement_metrics(scored: Sequence[ScoredRollout]) -> dict[str, float]:
+    """Where the teacher finds impossible what the student wrote, and how sure it is beside the student."""
+    marked = [(s.rollout, s.scores.teacher_logprobs) for s in scored if s.scores is not None]
+    if not marked:
+        return {}
+    ends = [marks[-1] for rollout, marks in marked if rollout.finish_reason == "stop"]
+    shares = {"": [q for _, marks in marked for q in marks], "first_": [marks[0] for _, marks in marked], "end_": ends}
+    metrics = {
+        f"teacher/rejected_{place}share": sum(q < IMPOSSIBLE for q in marks) / len(marks)
+        for place, marks in shares.items()
+        if marks
+    }
+    pairs = [pair for rollout, marks in marked for pair in zip(rollout.sampler_logprobs, marks, strict=True)]
+    likely = [(_log_odds(p), _log_odds(q)) for p, q in pairs if p > LIKELY]
+    if likely:
+        metrics["teacher/sharpness"] = median(q for _, q in likely) / median(p for p, _ in likely)
     return metrics
+
+
+def _log_odds(logprob: float) -> float:
+    """log(p / (1 - p)); a p that rounds to 1 counts as 1 - 1e-8, a little nearer than float32 can tell."""
+    logprob = min(logprob, -1e-8)
+    return logprob - math.log(-math.expm1(logprob))
+
+
+def alignment(
+    scored: Sequence[ScoredRollout], before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]
+) -> float | None:
+    """Partial correlation, over tokens, of an update's change in log p with the teacher's log q, given log p before it:
+    what log p alone explains (likely tokens hardly move) is taken out of both. ``before``, ``after``: the trainer's
+    log-probabilities. A wrong sign turns it round; an update that does not look at the teacher leaves nothing of it.
+
+    None where fewer than ``LEAST_TOKENS`` are marked, or where they moved less than three times as far as trainer and
+    sampler lie apart about the same weights: that is rounding.
+    """
+    rows = [
+        (own.rollout.sampler_logprobs, own.scores.teacher_logprobs, old, new)
+        for own, old, new in zip(scored, before, after, strict=True)
+        if own.scores is not None
+    ]
+    if sum(len(old) for _, _, old, _ in rows) < LEAST_TOKENS:
+        return None
+    sampler, teacher, start, end = (np.concatenate([row[column] for row in rows]) for column in range(4))
+    moves, noise = end - start, start - sampler
+    if not moves @ moves > 9 * (noise @ noise):
+        return None
+    p = np.exp(start)
+    known = np.stack([np.ones_like(start), start, start**2, p, p * start], axis=1)
+    moved, wished = (y - known @ np.linalg.lstsq(known, y, rcond=None)[0] for y in (moves, teacher))
+    size = math.sqrt((moved @ moved) * (wished @ wished))
+    return float(moved @ wished) / size if size > 0 else None
 
 
 def _gaps(marked: Sequence[tuple[Rollout, Scores | None]]) -> list[float]:
@@ -90,7 +155,7 @@ def _gaps(marked: Sequence[tuple[Rollout, Scores | None]]) -> list[float]:
     ]
 
 
-def _repeats(ids: Sequence[int]) -> int:
+def repeated_4grams(ids: Sequence[int]) -> int:
     """Tokens that end a 4-gram already written in the same completion."""
     seen: set[tuple[int, ...]] = set()
     repeats = 0
@@ -105,6 +170,8 @@ _UPDATE_NAMES = {
     "loss": "optim/loss",
     "grad_norm": "optim/grad_norm",
     "tokens": "tokens/trained",
+    "skipped": "update/skipped",
+    "nonfinite": "update/nonfinite",
     "ratio": "ratio/mean",
     "ratio_max": "ratio/max",
     "abs_log_ratio": "ratio/abs_log_mean",
@@ -125,5 +192,8 @@ _UPDATE_NAMES = {
 
 
 def update_metrics(update: Mapping[str, float]) -> dict[str, float]:
-    """The optimizer step's results under their public names."""
+    """The optimizer step's results under their public names. Of an update that was not made because a number was not
+    finite, no mean is one."""
+    if update.get("nonfinite"):
+        update = {name: update[name] for name in ("tokens", "skipped", "nonfinite")}
     return {_UPDATE_NAMES[name]: value for name, value in update.items()}

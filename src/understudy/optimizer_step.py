@@ -9,7 +9,7 @@ from typing import Literal
 
 from understudy.backends.protocols import Trainer
 from understudy.config import OptimConfig
-from understudy.errors import RunError
+from understudy.errors import NonFiniteError, RunError
 from understudy.objectives import Objective
 from understudy.types import Batch
 
@@ -45,8 +45,8 @@ def optimizer_step(
     changes nothing. Returns token means of the objective's metrics, maxima of ``*_max`` ones, ``loss``, ``grad_norm``
     and ``tokens``.
 
-    Raises RunError when nothing trains or the loss is not finite; the weights are then untouched, but the trainer still
-    holds the gradients of this window: the run ends here, and goes on from a checkpoint.
+    Raises RunError when nothing trains, NonFiniteError when the loss is not finite; the weights are then untouched, but
+    the trainer still holds the gradients of this window: the run ends here, and goes on from a checkpoint.
     """
     num_tokens = sum(batch.num_tokens for batch in batches)
     if num_tokens == 0:
@@ -62,7 +62,7 @@ def optimizer_step(
             else:
                 sums[name] += value
     if not math.isfinite(sums["loss"]):
-        raise RunError(
+        raise NonFiniteError(
             f"the loss is {sums['loss']}; expected a finite number. The cause is a teacher that gives a token "
             "probability zero where the student does not (use another teacher), or weights that overflowed (lower "
             "optim.learning_rate in a new run)"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from understudy.backends.protocols import Teacher, Trainer
 from understudy.checkpoints import checkpoint_path
-from understudy.errors import ServerUnavailable
+from understudy.errors import GuardStop, NonFiniteError, ServerUnavailable, UnderstudyError
+from understudy.guard_actions import GuardedTrainer, GuardWatch
 from understudy.progress import StepProgress
 from understudy.rollout_store import rollout_record
 from understudy.runs import RunFolder, StopRequest
@@ -38,6 +40,7 @@ class Recorder:
         self._folder, self._config, self._trainer, self._teachers = folder, config, trainer, teachers
         self._student, self._evaluate, self._stop = student, evaluate, stop
         self._may_be_away = may_be_away
+        self._watch = GuardWatch(folder, config)
         self.first_step = folder.first_step
         self.last_step = folder.first_step
         self.last_row: dict[str, Any] = folder.last_row()
@@ -54,9 +57,23 @@ class Recorder:
         elif self._folder.owes_evaluation:
             self.last_row = self._folder.amend(self._evaluate())
 
+    def guarded(self, trainer: Trainer) -> Trainer:
+        """``trainer``, whose updates the guards look at first."""
+        return GuardedTrainer(trainer, self._watch)
+
+    def inspect(self, row: Mapping[str, Any], scored: Sequence[ScoredRollout]) -> None:
+        """Let the guards see what was written and marked. Raises GuardStop, before anything is learnt from it."""
+        self._watch.inspect(row, scored)
+        self._watch.look_at(self._trainer)
+
     def record(self, step: int, row: Mapping[str, Any]) -> None:
-        """Log an update as soon as it is made. From here on the run can go on after it, whatever fails next."""
+        """Log an update as soon as it is made. From here on the run can go on after it, whatever fails next.
+
+        Raises GuardStop, with the row in place.
+        """
+        row = self._watch.finite({**row, **self._watch.direction(self._trainer, row)})
         self.last_row, self.last_step = self._folder.record(step, row), step
+        self._watch.record(row)
 
     def finish_step(self) -> Literal["go on", "stop"]:
         """Evaluate when due, save when due or asked to stop."""
@@ -71,6 +88,17 @@ class Recorder:
             self.interrupted_at = step
             return "stop"
         return "go on"
+
+    def save_after(self, error: UnderstudyError) -> int | None:
+        """``save_last_update``, where the weights are still those of the last good update; else None."""
+        if isinstance(error, NonFiniteError):
+            self._watch.not_finite(error)
+        if isinstance(error, GuardStop | NonFiniteError):
+            # A loss is also NaN where an update before it has ruined the weights; any tokens show that.
+            [probe] = self._trainer.compute_logprobs([TokenSequence([0], [0])])
+            if not getattr(error, "keeps", True) or not all(map(math.isfinite, probe)):
+                return None
+        return self.save_last_update()
 
     def save_last_update(self) -> int:
         """Put the last update into a checkpoint, where it is not in one yet. Returns the step to go on after."""

@@ -1,6 +1,6 @@
 """A run's folder: who may write in it, what it holds, where an interrupted run goes on.
 
-config.toml  metrics.jsonl  costs.json  rollouts/  checkpoints/  report.html
+config.toml  metrics.jsonl  guards.jsonl  costs.json  rollouts/  checkpoints/  report.html
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from understudy.checkpoints import (
-    flush,
     list_checkpoints,
     load_state,
     remove_partial,
@@ -49,6 +48,7 @@ RESUMABLE = (
     "checkpoints",
     "evaluation",
     "rollouts",
+    "guards",
 )
 
 # How a server is reached may change too: a run goes on when its teacher has moved.
@@ -70,6 +70,7 @@ class RunFolder:
         self.method = method
         self.checkpoints_path = self.path / "checkpoints"
         self.metrics = MetricsLog(self.path / "metrics.jsonl")
+        self.alarms = MetricsLog(self.path / "guards.jsonl")
         try:
             self._refuse_unless_usable(resume)
             self.path.mkdir(parents=True, exist_ok=True)
@@ -107,7 +108,8 @@ class RunFolder:
         self.trained = self.first_step == self.config.optim.num_steps == planned
         for folder in (self.path, self.path / "rollouts", self.checkpoints_path):
             remove_partial(folder)
-        self.metrics.truncate_after(self.first_step if self.checkpoint else -1)
+        for log in (self.metrics, self.alarms):
+            log.truncate_after(self.first_step if self.checkpoint else -1)
         rollouts = self.path / "rollouts"
         for path in rollouts.glob("step_*.jsonl") if rollouts.is_dir() else []:
             # Those of the checkpoint's own step are written in the step after it, but for a finished run's last ones.
@@ -265,7 +267,8 @@ class RunFolder:
     def save_checkpoint(self, step: int, trainer: Trainer, tokenizer: Any) -> Path:
         """Write a checkpoint with everything a resumed run needs."""
         extra = {"costs": self.costs.to_json(), "method": self.method}
-        flush(self.metrics.path)  # a checkpoint must not outlive the rows before it
+        for log in (self.metrics, self.alarms):
+            log.flush()  # a checkpoint must not outlive the rows before it
         keep = self.config.checkpoints.keep
         return save_checkpoint(self.checkpoints_path, step, trainer, tokenizer, extra, keep=keep)
 

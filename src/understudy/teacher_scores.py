@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from understudy.backends.protocols import Teacher
-from understudy.errors import RunError, ServerUnavailable
+from understudy.errors import NonFiniteError, RunError, ServerUnavailable
 from understudy.types import Rollout, ScoreKind, Scores, TokenSequence, TopkScores
 
 log = logging.getLogger("understudy")
@@ -104,7 +104,8 @@ def _check(score: Scores, rollout: Rollout, who: str) -> None:
         raise RunError(f"{where}: got {len(logprobs)} scores for {len(rollout.completion_ids)} completion tokens")
     for position, value in enumerate(logprobs):
         if not math.isfinite(value) or value > 1e-3:
-            raise RunError(
+            kind = RunError if math.isfinite(value) else NonFiniteError
+            raise kind(
                 f"{where}: token {rollout.completion_ids[position]} at completion position {position} has "
                 f"log-probability {value}; expected a finite value <= 0"
             )

@@ -51,6 +51,9 @@ class Witness:
         self.examples: list[Sequence[TrainingExample]] = []
         self.rows: list[dict[str, float]] = []
 
+    def inspect(self, row: dict[str, float], scored: Sequence[ScoredRollout]) -> None:
+        pass
+
     def keep_rollouts(self, step: int, scored: Sequence[ScoredRollout], examples: Sequence[TrainingExample]) -> None:
         self.rollouts.append(scored)
         self.examples.append(examples)

@@ -23,7 +23,7 @@ from understudy.backends.loading import default_micro_batch_tokens
 from understudy.backends.memory import memory_budget
 from understudy.batching import Layout, lay_out, plan_batches
 from understudy.config import OptimConfig, SamplingConfig
-from understudy.errors import RunError
+from understudy.errors import NonFiniteError, RunError
 from understudy.lm_head import LMHead, head_logprobs, head_topk
 from understudy.objectives import Objective
 from understudy.types import (
@@ -279,7 +279,7 @@ class LocalTrainer:
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, limit))
         if not math.isfinite(norm):
             self._optimizer.zero_grad(set_to_none=True)
-            raise RunError(
+            raise NonFiniteError(
                 f"the gradient's norm is {norm}; expected a finite number. Lower optim.learning_rate and resume"
             )
         for group in self._optimizer.param_groups:
@@ -289,6 +289,14 @@ class LocalTrainer:
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return {"grad_norm": norm}
+
+    def gradient_norm(self, *, divisor: int) -> float:
+        """See ``Trainer.gradient_norm``."""
+        return float(torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])) / divisor
+
+    def discard_gradients(self) -> None:
+        """See ``Trainer.discard_gradients``."""
+        self._optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
         """See ``Trainer.state_dict``."""

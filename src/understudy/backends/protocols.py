@@ -69,6 +69,17 @@ class Trainer(Protocol):
         """Divide the accumulated gradient by ``divisor``, clip, step, clear. Returns {"grad_norm": ...}."""
         ...
 
+    def gradient_norm(self, *, divisor: int) -> float | None:
+        """The norm of what has accumulated, divided by ``divisor``; None: not known before the step.
+
+        Called for [guards]; a trainer that leaves out this and ``discard_gradients`` skips no update.
+        """
+        ...
+
+    def discard_gradients(self) -> None:
+        """Forget what has accumulated: no step is made of it."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """Optimizer state; with the folder of ``save_pretrained`` it restores the trainer exactly."""
         ...

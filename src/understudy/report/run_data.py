@@ -20,7 +20,8 @@ _SECRET = re.compile(
 
 @dataclass(frozen=True)
 class RunData:
-    """One run as stored. ``metrics``: one row per step, sorted. ``rollouts``: first and last stored step."""
+    """One run as stored. ``metrics``: one row per step, sorted. ``rollouts``: first and last stored step. ``alarms``:
+    what the guards found; a healthy run has none."""
 
     name: str
     metrics: tuple[Row, ...]
@@ -28,6 +29,7 @@ class RunData:
     costs: Mapping[str, Row]
     rollouts: Mapping[int, tuple[Row, ...]]
     missing: tuple[str, ...]
+    alarms: tuple[Row, ...] = ()
 
 
 def load_run(run_dir: Path) -> RunData:
@@ -40,7 +42,10 @@ def load_run(run_dir: Path) -> RunData:
     config = _read_config(run_dir / "config.toml", missing)
     costs = _read_costs(run_dir / "costs.json", missing)
     rollouts = _read_rollouts(run_dir / "rollouts", missing)
-    return RunData(run_dir.resolve().name, merge_by_step(rows), config, costs, rollouts, tuple(missing))
+    alarms, problem = read_jsonl(run_dir / "guards.jsonl") if (run_dir / "guards.jsonl").is_file() else ([], "")
+    missing += [problem] if "unreadable" in problem else []
+    name, metrics = run_dir.resolve().name, merge_by_step(rows)
+    return RunData(name, metrics, config, costs, rollouts, tuple(missing), tuple(alarms))
 
 
 def read_jsonl(path: Path) -> tuple[list[Row], str]:

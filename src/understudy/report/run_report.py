@@ -73,6 +73,7 @@ def _context(run: RunData) -> dict[str, Any]:
         "missing": run.missing,
         "headlines": headlines(run.metrics),
         "config": config,
+        "alarms": page.grid(alarm_rows(run.alarms)),
         "charts": charts,
         "costs": page.grid(cost_rows(run.costs)),
         "groups": [_group(group, scale) for group in shown],
@@ -161,6 +162,25 @@ def _other_charts(rows: Sequence[Row], used: set[str]) -> list[Markup]:
     keys = sorted({key for row in rows for key in row} - used)
     charts = (_chart([page.series(rows, key, key)], key, "") for key in keys)
     return [chart for chart in charts if chart]
+
+
+def alarm_rows(alarms: Sequence[Row]) -> list[dict[str, str]]:
+    """The guards' alarms in the order of their steps, each with the rollouts that it shows in most."""
+    return [
+        {
+            "Step": formatting.number(alarm.get("step")),
+            "Guard": f"{alarm.get('guard', '?')} ({alarm.get('action', '?')})",
+            "What": str(alarm.get("words", "")),
+            "Likely causes": str(alarm.get("causes", "")),
+            "Most in": "; ".join(_place(place) for place in alarm.get("rollouts") or ()),
+        }
+        for alarm in sorted(alarms, key=lambda alarm: alarm.get("step", 0))
+    ]
+
+
+def _place(place: Mapping[str, Any]) -> str:
+    stored = f", {place['file']} number {place.get('index')}" if place.get("file") else ""
+    return f"prompt {place.get('prompt_index')}{stored}"
 
 
 def cost_rows(costs: Mapping[str, Row]) -> list[dict[str, str]]:
