@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from understudy.checkpoints import write_atomic
+from understudy.checkpoints import write_atomic, writing
 from understudy.config_objective import ObjectiveConfig
 from understudy.divergences import KINDS
 from understudy.types import Rollout, ScoredRollout, Scores
@@ -23,8 +23,8 @@ class MetricsLog:
         self.path = path
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a step's row."""
-        with self.path.open("a", encoding="utf-8") as file:
+        """Add a step's row. Raises RunError when it cannot be written."""
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(dict(row), allow_nan=False) + "\n")
 
     def truncate_after(self, step: int) -> None:

@@ -69,6 +69,11 @@ class Trainer(Protocol):
         """Divide the accumulated gradient by ``divisor``, clip, step, clear. Returns {"grad_norm": ...}."""
         ...
 
+    def discard_gradients(self) -> None:
+        """Forget the gradient that has accumulated. Called when ``forward_backward`` ran out of memory, before the
+        update is tried again with smaller batches."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """Optimizer state; with the folder of ``save_pretrained`` it restores the trainer exactly."""
         ...
