@@ -8,7 +8,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	"$$python" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check lint format test test-slow test-gpu test-vllm wheel-test demo demo-assistant clean
+.PHONY: help setup check lint format test test-slow test-survival test-gpu test-vllm wheel-test demo demo-assistant clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ test: $(STAMP)  ## CPU tests; tests/test_package.py builds and runs the wheel
 
 test-slow: $(STAMP)  ## tests that take more than a minute
 	$(BIN)/pytest -m slow
+
+test-survival: $(STAMP)  ## kill, starve and stop real runs; a part of test-slow
+	$(BIN)/pytest -m slow tests/survival
 
 test-gpu: $(STAMP)  ## tests that need a CUDA device
 	$(BIN)/pytest -m gpu

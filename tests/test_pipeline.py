@@ -232,8 +232,8 @@ def fall_over() -> None:
 @pytest.mark.parametrize(
     ("place", "at_call", "finished"),
     [
-        ("understudy.supervised.optimizer_step", 2, 0),
-        ("understudy.loop.optimizer_step", 3, 1),
+        ("understudy.updates.optimizer_step", 2, 0),
+        ("understudy.updates.optimizer_step", STEPS + 3, 1),
         ("understudy.pipeline._record", 2, 1),  # the second phase is done, and nothing says so yet
         ("understudy.pipeline.save_state", 4, 2),
     ],
@@ -253,8 +253,8 @@ def test_a_crash_is_made_good(
 
 def killed_in_the_second_phase(tree: Tree) -> None:
     torch.set_num_threads(1)
-    owner: Any = owner_of("understudy.loop")
-    owner.optimizer_step = failing(owner.optimizer_step, 3, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    owner: Any = owner_of("understudy.updates")
+    owner.optimizer_step = failing(owner.optimizer_step, STEPS + 3, lambda: os.kill(os.getpid(), signal.SIGKILL))
     run(tree)
 
 
@@ -278,13 +278,13 @@ def test_ctrl_c(
 ) -> None:
     path = write_toml(Path("plan.toml"), plan_tree(material))
     with monkeypatch.context() as patched:
-        interrupt_in(patched, "understudy.loop.optimizer_step", at_call=2)
+        interrupt_in(patched, "understudy.updates.optimizer_step", at_call=STEPS + 2)
         assert run_cli(patched, "pipeline", path) == 130
     assert "stopped with 1 phases finished" in capsys.readouterr().out
     assert len(records()) == 1
     with monkeypatch.context() as patched:
         # In the last step the phase ends as if nothing had come; the pipeline stops all the same.
-        interrupt_in(patched, "understudy.loop.optimizer_step", at_call=1)
+        interrupt_in(patched, "understudy.updates.optimizer_step", at_call=1)
         assert run_cli(patched, "pipeline", path, "--resume") == 130
     assert len(records()) == 2
     assert run_cli(monkeypatch, "pipeline", path, "--resume") == 0

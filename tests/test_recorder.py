@@ -11,7 +11,8 @@ from tiny import prompt_of, rollout_of, tiny_tokenizer
 from understudy.config import RunConfig
 from understudy.recorder import Recorder
 from understudy.rollout_store import read_rollouts
-from understudy.runs import RunFolder, StopRequest
+from understudy.runs import RunFolder
+from understudy.stopping import StopRequest
 from understudy.types import ScoredRollout, TrainingExample
 
 

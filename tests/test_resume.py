@@ -84,7 +84,7 @@ DEATHS: dict[str, tuple[str, str, int, Callable[..., object]]] = {
     "before anything is written": ("understudy.api", "assemble", 1, nothing),
     "in config.toml": ("understudy.runs", "write_atomic", 1, half_of_the_file),
     "in the first evaluation": ("understudy.api", "evaluate_tasks", 1, nothing),
-    "before the first checkpoint": ("understudy.loop", "optimizer_step", 2, nothing),
+    "before the first checkpoint": ("understudy.updates", "optimizer_step", 2, nothing),
     "between update and log": ("understudy.loop", "sync_weights", 3, nothing),
     "in a metrics line": ("understudy.metrics.MetricsLog", "append", 5, half_of_the_line),
     "between metrics and costs": ("understudy.runs", "write_json", 4, nothing),
@@ -336,8 +336,43 @@ def test_a_run_is_not_overwritten(material: Path, finished: Path, undisturbed: F
 def test_a_damaged_checkpoint_is_named(material: Path, finished: Path) -> None:
     path = finished / "checkpoints" / "step_000005" / "trainer_state.pt"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ConfigError, match=r"step_000005/trainer_state.pt[\s\S]*remove"):
+    with pytest.raises(ConfigError, match=r"step_000005: not as it was written: trainer_state.pt[\s\S]*copy"):
         resume(material, finished)
+    assert path.exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.pt", "config.json"])
+def test_a_damaged_checkpoint_is_passed_over(
+    name: str, material: Path, tmp_path: Path, undisturbed: Finished, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run goes on from the one before it, says so, and ends where it would have ended."""
+    folder = tmp_path / "run"
+    config = config_for("distill", material, folder)
+    config["checkpoints"]["keep"] = 2
+    run("distill", config)
+    path = folder / "checkpoints" / "step_000005" / name
+    path.write_bytes(path.read_bytes().replace(b"0", b"1", 1))
+    caplog.set_level("INFO", logger="understudy")
+    resume(material, folder)
+    [said] = [message for message in caplog.messages if "is damaged" in message]
+    assert said.startswith(f"checkpoint {path.parent} is damaged (not as it was written: {name} (sha256 ")
+    assert said.endswith("): going on after step 4 instead")
+    assert_same_run(folder, undisturbed["distill"])
+
+
+def test_a_damaged_checkpoint_is_no_model(material: Path, finished: Path) -> None:
+    """Neither as another run's student nor as its teacher: the weights would load."""
+    weights = finished / "checkpoints" / "step_000005" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    for role in ("student", "teacher"):
+        config = config_for("distill", material, finished.parent / role)
+        config[role]["model"] = str(weights.parent)
+        with pytest.raises(
+            ConfigError, match=rf"{role} model .*step_000005\n.*not as it was written: model.safetensors"
+        ):
+            understudy.distill(RunConfig.model_validate(config), quiet=True)
 
 
 def test_a_failing_report_is_no_failing_run(

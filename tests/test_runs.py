@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import pytest
 
 from understudy import ConfigError, RunConfig
-from understudy.runs import RunFolder, StopRequest, flat
+from understudy.runs import RunFolder, flat
 
 
 def config(path: Path, **values: object) -> RunConfig:
@@ -69,19 +68,6 @@ def test_flat() -> None:
     assert tree["teachers.a.model"] == "t"
     assert tree["prompts.columns"] == {}
     assert "prompts.limit" not in tree  # None is absence
-
-
-def test_signals_are_left_alone_outside_the_main_thread() -> None:
-    seen: list[bool] = []
-
-    def listen() -> None:
-        with StopRequest().listening() as stop:
-            seen.append(stop.requested)
-
-    thread = threading.Thread(target=listen)
-    thread.start()
-    thread.join()
-    assert seen == [False]
 
 
 def test_absence_stays_what_it_was_resolved_to(tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ from understudy.preflight import Checked, Method, check_run
 from understudy.progress import ProgressSampler, piece_size
 from understudy.recorder import Recorder
 from understudy.rollouts import sample_rollouts, step_seed
-from understudy.runs import RunFolder, StopRequest
+from understudy.runs import RunFolder
 from understudy.samples import SampleFile
+from understudy.stopping import StopNow, StopRequest
 from understudy.supervised import load_examples, supervised_loop
 from understudy.tasks import Grader
 from understudy.types import Rollout
@@ -36,8 +37,9 @@ log = logging.getLogger("understudy")
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where a run stands. ``metrics`` is its last row; ``interrupted_at`` the step a Ctrl-C ended it after;
-    ``stop_requested`` is also true of a run that one reached in its last step."""
+    """Where a run stands. ``metrics`` is its last row; ``interrupted_at`` the step a Ctrl-C or SIGTERM ended it after
+    (0: before its first update, there is no ``student`` yet); ``stop_requested`` is also true of a run that one reached
+    in its last step."""
 
     folder: Path
     student: Path | None
@@ -131,8 +133,11 @@ def _run(
             return _finished(folder, folder.last_row(), None)
         if folder.checkpoint:
             log.info("%s: going on after step %d of %d", folder.path, folder.first_step, steps)
-        parts = assemble(folder.config, checked, folder.costs, checkpoint=folder.checkpoint, given=given)
-        with parts.connections, StopRequest().listening() as stop:
+        stop = StopRequest(folder.config.checkpoints.stop_within_seconds)
+        parts = assemble(
+            folder.config, checked, folder.costs, checkpoint=folder.checkpoint, given=given, before_update=stop.hold
+        )
+        with parts.connections, stop.listening():
             if folder.state:
                 parts.trainer.load_state_dict(folder.state["trainer"])
             parts.sampler.set_policy_version(folder.first_step)
@@ -159,6 +164,8 @@ def _run(
                 else:
                     log.info("%s: --resume goes on after step %d", folder.path, step)
                 raise
+            except StopNow:
+                recorder.interrupted_at = recorder.save_last_update()
             finally:
                 recorder.close()
         return replace(_finished(folder, recorder.last_row, recorder.interrupted_at), stop_requested=stop.requested)
@@ -177,7 +184,8 @@ def _finished(folder: RunFolder, row: Mapping[str, Any], interrupted_at: int | N
             error,
             folder.path,
         )
-    student = checkpoint_path(folder.checkpoints_path, interrupted_at or folder.config.optim.num_steps)
+    step = folder.config.optim.num_steps if interrupted_at is None else interrupted_at
+    student = checkpoint_path(folder.checkpoints_path, step) if step else None
     return RunResult(folder.path, student, row, interrupted_at)
 
 

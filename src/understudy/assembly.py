@@ -95,13 +95,21 @@ def set_threads(config: RunConfig) -> None:
         torch.set_num_threads(config.num_threads)
 
 
-def assemble(config: RunConfig, checked: Checked, costs: CostLedger, *, checkpoint: Path | None, given: Given) -> Parts:
+def assemble(
+    config: RunConfig,
+    checked: Checked,
+    costs: CostLedger,
+    *,
+    checkpoint: Path | None,
+    given: Given,
+    before_update: Callable[[], None] = lambda: None,
+) -> Parts:
     """Load the models that are not ``given`` and resolve what "auto" means here. ``Parts.config`` is the resolved
-    tree."""
+    tree. ``before_update`` is called whenever weights are about to change."""
     set_threads(config)
     _check_given(config, checked, given)
     with ExitStack() as connections:
-        parts = _assemble(config, checked, costs, checkpoint, given, connections)
+        parts = _assemble(config, checked, costs, checkpoint, given, connections, before_update)
         return replace(parts, connections=connections.pop_all())
 
 
@@ -112,6 +120,7 @@ def _assemble(
     checkpoint: Path | None,
     given: Given,
     connections: ExitStack,
+    before_update: Callable[[], None],
 ) -> Parts:
     remote = connect_teachers(config, checked, connections, brought=given.teachers is not None)
     if config.sampler is not None and given.sampler is None:
@@ -140,7 +149,7 @@ def _assemble(
         if reference
         else None,
         page_reference=keep_reference(reference) if reference else None,
-        trainer=MeteredTrainer(trainer, costs, sizes, counted),
+        trainer=MeteredTrainer(trainer, costs, sizes, counted, before_update=before_update),
         evaluator=MeteredSampler(sampler, costs, "evaluation", sizes[0], counted),
         objective=build_objective(effective, teachers, reference),
         needs=score_needs(effective.objective, teachers),

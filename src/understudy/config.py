@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from understudy.config_base import Section, read_toml, set_dotted, toml_value
 from understudy.config_guards import GuardsConfig
+from understudy.config_kept import CheckpointsConfig, RolloutsConfig
 from understudy.config_objective import ObjectiveConfig
 from understudy.config_rows import MixConfig, PromptsConfig, RowsConfig
 from understudy.config_served import SamplerServerConfig, ServerConfig
@@ -194,26 +195,6 @@ class EvaluationConfig(Section):
     """In optimizer steps; 0: only before the first and after the last step."""
     tasks: tuple[EvalTaskConfig, ...] = ()
     """[[evaluation.tasks]] tables."""
-
-
-class CheckpointsConfig(Section):
-    """Folders that any Hugging Face or PEFT code loads, with optimizer state for --resume."""
-
-    every: int = Field(default=50, ge=1)
-    """In optimizer steps; the last step is always kept."""
-    keep: int = Field(default=2, ge=1)
-    """How many to keep."""
-
-
-class RolloutsConfig(Section):
-    """Scored rollouts kept on disk for pages."""
-
-    every: int = Field(default=10, ge=1)
-    """In optimizer steps; first and last steps always."""
-    per_step: int = Field(default=16, ge=0)
-    """Rollouts kept per such step."""
-    topk: int = Field(default=5, ge=0)
-    """The teacher's best alternatives kept per token."""
 
 
 class RunConfig(Section):

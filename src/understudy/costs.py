@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -238,9 +238,16 @@ class MeteredTrainer:
     """A trainer whose work for updates goes into the ledger; looking at log-probabilities for pages does not."""
 
     def __init__(
-        self, trainer: Trainer, costs: CostLedger, sizes: tuple[int, int], counted: CountedModel | None = None
+        self,
+        trainer: Trainer,
+        costs: CostLedger,
+        sizes: tuple[int, int],
+        counted: CountedModel | None = None,
+        *,
+        before_update: Callable[[], None] = lambda: None,
     ) -> None:
         self._trainer, self._costs, self._sizes, self._counted = trainer, costs, sizes, counted
+        self._before_update = before_update
 
     def compute_logprobs(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:
         """See ``Trainer.compute_logprobs``."""
@@ -270,6 +277,7 @@ class MeteredTrainer:
 
     def optimizer_step(self, *, learning_rate: float, divisor: int) -> Mapping[str, float]:
         """See ``Trainer.optimizer_step``."""
+        self._before_update()
         start = _now()
         metrics = self._trainer.optimizer_step(learning_rate=learning_rate, divisor=divisor)
         self._costs.add("student_training", tokens=0, flops=0.0, seconds=_now() - start)

@@ -269,6 +269,7 @@ class GuardedTrainer:
 
     def discard_gradients(self) -> None:
         """See ``Trainer.discard_gradients``."""
+        self._window = _Window()
         self._trainer.discard_gradients()
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,15 +8,15 @@ from itertools import chain
 
 from understudy.advantages import training_examples
 from understudy.assembly import Parts
-from understudy.batching import micro_batches
 from understudy.metrics import rollout_metrics, update_metrics
-from understudy.optimizer_step import learning_rate_at, optimizer_step
+from understudy.optimizer_step import learning_rate_at
 from understudy.overlap import ahead
 from understudy.recorder import Recorder
 from understudy.rewards import grade_rollouts
 from understudy.rollouts import sample_rollouts, step_seed, within_lag
 from understudy.teacher_scores import score_reachable, score_reference
 from understudy.types import Prompt, Rollout, ScoredRollout, Scores, TokenSequence, TrainingExample
+from understudy.updates import Updates
 from understudy.weight_sync import sync_weights
 
 Marked = tuple[Sequence[ScoredRollout], Sequence[TrainingExample], Mapping[str, float]]
@@ -35,18 +35,17 @@ def on_policy_loop(parts: Parts, recorder: Recorder) -> None:
         return scored, examples, {**ages, **rollout_metrics(scored, config.objective, num_written=len(rollouts))}
 
     steps = range(recorder.first_step, config.optim.num_steps)
+    updates = Updates(parts.trainer, parts.batching)
     lag = config.sampling.max_policy_lag
     with closing(ahead(steps, [write, mark], lag=lag, cancel=parts.cancel)) as marked:
         for step, (scored, examples, row) in marked:
             recorder.keep_rollouts(step, scored, examples)
             recorder.inspect(row, scored)
 
-            batches = micro_batches(examples, **parts.batching)
+            # 4. One optimizer step over all of them, in micro-batches.
             rate, reduction = learning_rate_at(config.optim, step), config.objective.reduction
             if examples:  # none where the teacher of all these prompts is away
-                update = optimizer_step(
-                    parts.trainer, batches, parts.objective, learning_rate=rate, reduction=reduction
-                )
+                update = updates.make(examples, parts.objective, learning_rate=rate, reduction=reduction)
                 row = {"optim/learning_rate": rate, **row, **update_metrics(update)}
             recorder.record(step + 1, row)
             sync_weights(parts.sampler, policy_version=step + 1)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from understudy.checkpoints import flush, write_atomic
+from understudy.checkpoints import flush, write_atomic, writing
 from understudy.config_objective import ObjectiveConfig
 from understudy.divergences import KINDS
 from understudy.types import Rollout, ScoredRollout, Scores
@@ -30,14 +30,15 @@ class MetricsLog:
         self.path = path
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a step's row."""
-        with self.path.open("a", encoding="utf-8") as file:
+        """Add a step's row. Raises RunError when it cannot be written."""
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(dict(row), allow_nan=False) + "\n")
 
     def flush(self) -> None:
-        """Force it to disk, if there is one."""
+        """Force it to disk, if there is one. Raises RunError when it cannot be."""
         if self.path.exists():
-            flush(self.path)
+            with writing(self.path):
+                flush(self.path)
 
     def truncate_after(self, step: int) -> None:
         """Drop rows of later steps, and a last line cut by a crash: they will be written again."""

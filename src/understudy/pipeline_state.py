@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import shutil
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from understudy.checkpoints import write_json
 from understudy.config_base import Section
 from understudy.config_pipeline import GateConfig, PhaseMethod, PipelineConfig, runs_of
 from understudy.errors import ConfigError
+from understudy.locking import LOCK_FILE, lock_folder
 from understudy.runs import RESUMABLE, flat
 
 log = logging.getLogger("understudy")
@@ -82,7 +82,7 @@ def exclusive_folder(path: Path, resume: bool) -> Iterator[None]:
     if path.exists() and not path.is_dir():
         raise refuse("a file", "a new or empty folder", "choose another output_dir")
     held = sorted(one.name for one in path.iterdir()) if path.is_dir() else []
-    held = [name for name in held if name != ".lock" and not name.endswith(".partial")]
+    held = [name for name in held if name != LOCK_FILE and not name.endswith(".partial")]
     if held and STATE_FILE not in held:
         wanted = "a pipeline's folder, for --resume" if resume else "a new or empty folder"
         raise refuse(f"a folder with {', '.join(held[:4])} but no {STATE_FILE}", wanted, "choose another output_dir")
@@ -90,20 +90,17 @@ def exclusive_folder(path: Path, resume: bool) -> Iterator[None]:
         remedy = "continue it with --resume, or choose another output_dir"
         raise refuse("a pipeline is already there", "a new or empty folder", remedy)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("w", encoding="utf-8")
+        lock = lock_folder(path)
+    except BlockingIOError:
+        remedy = "wait for the other one to end, or choose another output_dir"
+        raise refuse("another process is working there", "a folder of this pipeline's own", remedy) from None
     except OSError as error:
         raise refuse(str(error), "a folder that this process can write in", "choose another output_dir") from None
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            remedy = "wait for the other one to end, or choose another output_dir"
-            raise refuse("another process is working there", "a folder of this pipeline's own", remedy) from None
-        try:
             yield
         finally:
-            if {one.name for one in path.iterdir()} <= {".lock", STATE_FILE, "report.html"}:
+            if {one.name for one in path.iterdir()} <= {LOCK_FILE, STATE_FILE, "report.html"}:
                 shutil.rmtree(path)
 
 

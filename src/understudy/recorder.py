@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +13,8 @@ from understudy.errors import GuardStop, NonFiniteError, ServerUnavailable, Unde
 from understudy.guard_actions import GuardedTrainer, GuardWatch
 from understudy.progress import StepProgress
 from understudy.rollout_store import rollout_record
-from understudy.runs import RunFolder, StopRequest
+from understudy.runs import RunFolder
+from understudy.stopping import StopRequest
 from understudy.teacher_scores import score_reachable
 from understudy.tokenization import ModelText
 from understudy.types import Rollout, ScoredRollout, Scores, TokenSequence, TopkScores, TrainingExample
@@ -53,9 +55,12 @@ class Recorder:
         """Evaluate the untrained student, once per run; or the student that a run could not evaluate before it
         ended."""
         if self._folder.checkpoint is None and self._config.evaluation.tasks:
-            self._progress.update(self._folder.record(0, self._evaluate()))
+            measured = self._evaluate()
+            with self._stop.whole():
+                row = self._folder.record(0, measured)
+            self._progress.update(row)
         elif self._folder.owes_evaluation:
-            self.last_row = self._folder.amend(self._evaluate())
+            self._amend()
 
     def guarded(self, trainer: Trainer) -> Trainer:
         """``trainer``, whose updates the guards look at first."""
@@ -71,19 +76,21 @@ class Recorder:
 
         Raises GuardStop, with the row in place.
         """
+        self._stop.hold()  # as it has been since the update, where one was made
         row = self._watch.finite({**row, **self._watch.direction(self._trainer, row)})
         self.last_row, self.last_step = self._folder.record(step, row), step
         self._watch.record(row)
+        self._stop.release()
 
     def finish_step(self) -> Literal["go on", "stop"]:
         """Evaluate when due, save when due or asked to stop."""
         step, config = self.last_step, self._config
         last = step == config.optim.num_steps
         if self._folder.evaluation_is_due(step):
-            self.last_row = self._folder.amend(self._evaluate())
+            self._amend()
         self._progress.update(self.last_row)
         if last or self._stop.requested or step % config.checkpoints.every == 0:
-            self._folder.save_checkpoint(step, self._trainer, self._student.tokenizer)
+            self._save()
         if self._stop.requested and not last:
             self.interrupted_at = step
             return "stop"
@@ -106,8 +113,20 @@ class Recorder:
             self.last_step > self.first_step
             and not checkpoint_path(self._folder.checkpoints_path, self.last_step).exists()
         ):
-            self._folder.save_checkpoint(self.last_step, self._trainer, self._student.tokenizer)
+            self._save()
         return self.last_step
+
+    def _amend(self) -> None:
+        """Evaluate, and add what was found to the newest row."""
+        measured = self._evaluate()
+        with self._stop.whole():
+            self.last_row = self._folder.amend(measured)
+
+    def _save(self) -> None:
+        start = time.perf_counter()
+        with self._stop.whole():
+            self._folder.save_checkpoint(self.last_step, self._trainer, self._student.tokenizer)
+            self._stop.saved_in(time.perf_counter() - start)
 
     def keep_rollouts(self, step: int, scored: Sequence[ScoredRollout], examples: Sequence[TrainingExample]) -> None:
         """Store the first few of a step's rollouts with all log-probabilities, before the step changes the weights."""

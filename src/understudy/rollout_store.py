@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from understudy.checkpoints import write_jsonl
+from understudy.checkpoints import write_jsonl, writing
 from understudy.types import ScoredRollout, TopkScores
 
 SCHEMA_VERSION = 1
@@ -75,7 +75,8 @@ def rollouts_path(folder: Path, step: int) -> Path:
 
 def write_rollouts(folder: Path, step: int, records: Sequence[Mapping[str, Any]]) -> Path:
     """Write one step's records, all or none."""
-    folder.mkdir(exist_ok=True)
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
     path = rollouts_path(folder, step)
     write_jsonl(path, records)
     return path

@@ -6,35 +6,38 @@ config.toml  metrics.jsonl  guards.jsonl  costs.json  rollouts/  checkpoints/  r
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import copy
 import json
-import os
+import logging
 import platform
 import re
 import shutil
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from understudy.checkpoints import (
-    list_checkpoints,
-    load_state,
+    newest_state,
     remove_partial,
     save_checkpoint,
+    set_aside,
     write_atomic,
     write_json,
+    writing,
 )
 from understudy.config import RunConfig
 from understudy.config_served import WEIGHTS_FOLDER, ServerConfig
 from understudy.costs import CostLedger
 from understudy.errors import ConfigError
+from understudy.locking import LOCK_FILE, lock_folder
 from understudy.metrics import MetricsLog, read_metrics
 from understudy.rollout_store import rollouts_path, write_rollouts
 
 if TYPE_CHECKING:
     from understudy.backends.protocols import Trainer
+
+log = logging.getLogger("understudy")
 
 # What may change between a run and its continuation: how far, how often, how many. Everything else would silently make
 # another experiment of it.
@@ -73,7 +76,6 @@ class RunFolder:
         self.alarms = MetricsLog(self.path / "guards.jsonl")
         try:
             self._refuse_unless_usable(resume)
-            self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
         except OSError as error:
             raise ConfigError(
@@ -83,6 +85,7 @@ class RunFolder:
                 remedy="choose another output_dir",
             ) from None
         try:
+            self._refuse_unless_usable(resume)  # again: another run may have come and gone before the lock was ours
             self._go_on(config, resume)
         except BaseException:
             self.__exit__()
@@ -92,22 +95,27 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let another run in; remove the folder when nothing was written in it."""
-        self._lock.close()
-        if {path.name for path in self.path.iterdir()} <= {".lock"}:
-            shutil.rmtree(self.path)
+        """Remove the folder when nothing was written in it; let another run in."""
+        with self._lock:
+            if {path.name for path in self.path.iterdir()} <= {LOCK_FILE}:
+                shutil.rmtree(self.path)
 
     def _go_on(self, config: RunConfig, resume: bool) -> None:
-        """Find the last whole checkpoint and forget what came after it: it happens again, the same."""
-        whole = list_checkpoints(self.checkpoints_path)
-        self.first_step, self.checkpoint = whole[-1] if whole else (0, None)
-        self.state = load_state(self.checkpoint) if self.checkpoint else {}
+        """Find the last checkpoint that is as it was written, and forget what came after it: it happens again, the
+        same."""
+        self.first_step, self.checkpoint, self.state, damaged = newest_state(self.checkpoints_path)
+        for path, what in damaged.items():
+            log.warning("checkpoint %s is damaged (%s): going on after step %d instead", path, what, self.first_step)
         self.costs = CostLedger.from_json(self.state["costs"]) if self.state else CostLedger()
+        self._recorded_costs = copy.deepcopy(self.costs.to_json())
         self.config, planned = self._continued(config) if resume else (config, 0)
         # Whether the last step's checkpoint is there, of a run that was to end there.
         self.trained = self.first_step == self.config.optim.num_steps == planned
-        for folder in (self.path, self.path / "rollouts", self.checkpoints_path):
-            remove_partial(folder)
+        with writing(self.path):
+            for path in damaged:
+                set_aside(path)
+            for folder in (self.path, self.path / "rollouts", self.checkpoints_path):
+                remove_partial(folder)
         for log in (self.metrics, self.alarms):
             log.truncate_after(self.first_step if self.checkpoint else -1)
         rollouts = self.path / "rollouts"
@@ -129,7 +137,7 @@ class RunFolder:
                 remedy="choose another output_dir",
             )
         # A crash before config.toml was whole leaves its half, the lock, and weights for a server: as good as empty.
-        held = [p.name for p in self.path.iterdir() if p.name != ".lock"] if self.path.is_dir() else []
+        held = [p.name for p in self.path.iterdir() if p.name != LOCK_FILE] if self.path.is_dir() else []
         if "config.toml" not in held:
             held = [name for name in held if name != WEIGHTS_FOLDER]
         held = [name for name in held if not name.endswith(".partial")]
@@ -153,18 +161,15 @@ class RunFolder:
             )
 
     def _take_lock(self) -> IO[str]:
-        lock = (self.path / ".lock").open("w", encoding="utf-8")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock_folder(self.path)
         except BlockingIOError:
-            lock.close()
             raise ConfigError(
                 f"output_dir {self.path}",
                 got="another process is writing there",
                 expected="a folder of this run's own",
                 remedy="wait for the other run to end, or choose another output_dir",
             ) from None
-        return lock
 
     def _continued(self, config: RunConfig) -> tuple[RunConfig, int]:
         """The stored configuration with what may change taken from the new one, and the stored number of steps."""
@@ -232,7 +237,8 @@ class RunFolder:
             full[f"time/{role}"] = full.get(f"time/{role}", 0.0) + seconds
         full |= {"cost/flops": self.costs.total("flops"), "cost/seconds": self.costs.total("seconds")}
         self.metrics.append(full)
-        write_json(self.path / "costs.json", self.costs.to_json())
+        self._recorded_costs = copy.deepcopy(self.costs.to_json())
+        write_json(self.path / "costs.json", self._recorded_costs)
         return full
 
     def amend(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,8 +271,9 @@ class RunFolder:
             write_rollouts(self.path / "rollouts", step, records)
 
     def save_checkpoint(self, step: int, trainer: Trainer, tokenizer: Any) -> Path:
-        """Write a checkpoint with everything a resumed run needs."""
-        extra = {"costs": self.costs.to_json(), "method": self.method}
+        """Write a checkpoint with everything a resumed run needs. Its costs are those of the newest row: what a step
+        under way has cost since is paid again by the run that goes on. Raises RunError when it cannot be written."""
+        extra = {"costs": self._recorded_costs, "method": self.method}
         for log in (self.metrics, self.alarms):
             log.flush()  # a checkpoint must not outlive the rows before it
         keep = self.config.checkpoints.keep
@@ -282,8 +289,7 @@ def _moved(stored: ServerConfig | None, given: ServerConfig | None) -> ServerCon
 
 def remove_run(path: Path) -> None:
     """Delete a run's folder, unless a process is writing there."""
-    with contextlib.suppress(BlockingIOError), (path / ".lock").open("w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with contextlib.suppress(BlockingIOError), lock_folder(path):
         shutil.rmtree(path)
 
 
@@ -298,30 +304,3 @@ def flat(config: RunConfig) -> dict[str, Any]:
                 yield f"{prefix}{key}", value
 
     return dict(walk(json.loads(config.model_dump_json(exclude_none=True)), ""))
-
-
-class StopRequest:
-    """Turns the first Ctrl-C (or SIGTERM) into a request to finish the step; the second one is immediate."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[StopRequest]:
-        """Handle the signals inside the block (main thread only; elsewhere signals are left alone)."""
-        try:
-            previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread
-            previous = {}
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        # Not print: a handler may run in the middle of another write to the same stream.
-        os.write(2, b"\nstopping: this step is finished and saved first; Ctrl-C again stops at once\n")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from understudy.checkpoints import jsonl
+from understudy.checkpoints import jsonl, writing
 
 
 class SampleFile:
@@ -35,8 +35,8 @@ class SampleFile:
         return kept
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add a piece and force it to disk."""
-        with self._partial.open("ab") as file:
+        """Add a piece and force it to disk. Raises RunError when it cannot be written."""
+        with writing(self._partial), self._partial.open("ab") as file:
             file.write(jsonl(rows).encode("utf-8"))
             file.flush()
             os.fsync(file.fileno())

@@ -134,7 +134,7 @@ class ScoreCache:
                     damaged.append(key)
             if found or damaged:
                 with self._writing():
-                    now = time.time_ns()
+                    now = self._now()
                     self._db.executemany("UPDATE scores SET used = ? WHERE key = ?", [(now, key) for key in found])
                     self._db.executemany("DELETE FROM scores WHERE key = ?", [(key,) for key in damaged])
         if damaged and not self._warned:
@@ -155,18 +155,24 @@ class ScoreCache:
             RunError: the file cannot be written any more.
         """
         contents = {key: content for key, scores in values.items() if (content := to_bytes(scores)) is not None}
-        now = time.time_ns()
         rows = [
-            (key, content, _digest(key, content), now)
+            (key, content, _digest(key, content))
             for key, content in contents.items()
             if len(content) <= self._max_bytes // 2
         ]
         if rows:
             with self._lock, self._explained(self._broken), self._writing():
+                now = self._now()
                 self._db.executemany(
-                    "INSERT OR REPLACE INTO scores (key, value, digest, used) VALUES (?, ?, ?, ?)", rows
+                    "INSERT OR REPLACE INTO scores (key, value, digest, used) VALUES (?, ?, ?, ?)",
+                    [(*row, now) for row in rows],
                 )
                 self._evict()
+
+    def _now(self) -> int:
+        """A time after all that are in the file: a clock that was set back must not make the newest look oldest."""
+        [(newest,)] = self._db.execute("SELECT MAX(used) FROM scores")
+        return max(time.time_ns(), (newest or 0) + 1)
 
     def __len__(self) -> int:
         with self._lock, self._explained(self._broken):

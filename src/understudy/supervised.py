@@ -8,17 +8,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from understudy.assembly import Parts
-from understudy.batching import micro_batches
 from understudy.config import RowsConfig, RunConfig
 from understudy.errors import ConfigError
 from understudy.metrics import update_metrics
 from understudy.objectives import CrossEntropy
-from understudy.optimizer_step import learning_rate_at, optimizer_step
+from understudy.optimizer_step import learning_rate_at
 from understudy.prompts import check_embedded, render_messages, rows_from, with_system_prompt
 from understudy.recorder import Recorder
 from understudy.rows import Row, read_rows
 from understudy.tokenization import ModelText
 from understudy.types import TrainingExample
+from understudy.updates import Updates
 
 log = logging.getLogger("understudy")
 
@@ -50,12 +50,11 @@ class Examples:
 
 def supervised_loop(parts: Parts, examples: Examples, recorder: Recorder) -> None:
     """Cross-entropy on ``supervised.batch_size`` examples a step until ``optim.num_steps`` or a request to stop."""
-    config = parts.config
+    config, updates = parts.config, Updates(parts.trainer, parts.batching)
     for step in range(recorder.first_step, config.optim.num_steps):
         chosen = examples.at(step, config.supervised.batch_size, seed=config.seed)
-        batches = micro_batches(chosen, **parts.batching)
         learning_rate = learning_rate_at(config.optim, step)
-        update = optimizer_step(parts.trainer, batches, CrossEntropy(), learning_rate=learning_rate)
+        update = updates.make(chosen, CrossEntropy(), learning_rate=learning_rate)
         recorder.record(step + 1, {"optim/learning_rate": learning_rate, **update_metrics(update)})
         if recorder.finish_step() == "stop":
             return

@@ -16,7 +16,7 @@ from fake_vllm import FakeVllm, load
 from serving import listening, load_engine
 
 import understudy
-from understudy import RunConfig
+from understudy import RunConfig, updates
 from understudy.backends.loading import load_student
 from understudy.backends.local import LocalSampler, LocalTrainer
 from understudy.backends.vllm_check import NO_ADAPTER
@@ -93,13 +93,13 @@ def asked_to_write(server: FakeVllm) -> list[dict[str, Any]]:
 
 def before_update(monkeypatch: pytest.MonkeyPatch, then: Callable[[int], None]) -> None:
     """``then``: called with the number of each update just before it is made."""
-    own, updates = understudy.loop.optimizer_step, iter(range(STEPS + 1))
+    own, numbers = updates.optimizer_step, iter(range(STEPS + 1))
 
     def optimizer_step(*arguments: Any, **options: Any) -> Any:
-        then(next(updates))
+        then(next(numbers))
         return own(*arguments, **options)
 
-    monkeypatch.setattr("understudy.loop.optimizer_step", optimizer_step)
+    monkeypatch.setattr("understudy.updates.optimizer_step", optimizer_step)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import Response
 
 import understudy
-from understudy import ConfigError, RunConfig
+from understudy import ConfigError, RunConfig, updates
 from understudy.backends.language_model import LanguageModel
 from understudy.backends.loading import load_model
 from understudy.backends.local import LocalTeacher
@@ -226,7 +226,7 @@ def marking(world: Path, name: str, replies: Replies | None = None) -> Iterator[
 
 def after_update(monkeypatch: pytest.MonkeyPatch, then: Callable[[int], object]) -> list[int]:
     """``then``: called with how many updates there have been, after each. The list holds the same."""
-    own, made = understudy.loop.optimizer_step, list[int]()
+    own, made = updates.optimizer_step, list[int]()
 
     def optimizer_step(*arguments: Any, **options: Any) -> Any:
         result = own(*arguments, **options)
@@ -234,7 +234,7 @@ def after_update(monkeypatch: pytest.MonkeyPatch, then: Callable[[int], object])
         then(len(made))
         return result
 
-    monkeypatch.setattr("understudy.loop.optimizer_step", optimizer_step)
+    monkeypatch.setattr("understudy.updates.optimizer_step", optimizer_step)
     return made
 
 

@@ -110,18 +110,25 @@ def backoff_seconds(failures: int, jitter: float) -> float:
 
 
 def retry_after_seconds(headers: Mapping[str, str], now: datetime | None = None) -> float:
-    """What the header Retry-After asks for, as seconds or as a date; 0 where it is absent or says nothing."""
+    """What the header Retry-After asks for, as seconds or as a date; 0 where it is absent or says nothing. A date is
+    held against the server's own clock (the header Date), where it tells it: this machine's may be wrong."""
     value = headers.get("retry-after", "").strip()
     try:
         seconds = float(value)
     except ValueError:
-        try:
-            date = parsedate_to_datetime(value)
-        except (ValueError, TypeError):
+        date = _date(value)
+        if date is None:
             return 0.0
-        date = date if date.tzinfo else date.replace(tzinfo=UTC)
-        seconds = (date - (now or datetime.now(UTC))).total_seconds()
+        seconds = (date - (_date(headers.get("date", "")) or now or datetime.now(UTC))).total_seconds()
     return max(0.0, seconds) if math.isfinite(seconds) else 0.0
+
+
+def _date(value: str) -> datetime | None:
+    try:
+        date = parsedate_to_datetime(value)
+    except (ValueError, TypeError):
+        return None
+    return date if date.tzinfo else date.replace(tzinfo=UTC)
 
 
 def server_message(content: bytes) -> str:

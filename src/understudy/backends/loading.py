@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from understudy.backends.attention import use_matmul_attention
 from understudy.backends.language_model import LanguageModel, shape_of
+from understudy.checkpoints import SUMS_FILE, damage
 from understudy.config import Dtype, LoraConfig, StudentConfig
 from understudy.errors import ConfigError
 from understudy.tokenization import adapter_base
@@ -78,12 +79,15 @@ def _explained(model: str, role: str) -> Iterator[None]:
         ) from None
 
 
-def load_model(model: str, *, role: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A causal language model from a hub id, a folder, or an adapter folder merged into its base."""
+def load_model(model: str, *, role: str, dtype: torch.dtype, device: torch.device, verified: bool = False) -> nn.Module:
+    """A causal language model from a hub id, a folder, or an adapter folder merged into its base. Raises ConfigError
+    when it cannot be loaded, or its weights are damaged; ``verified``: the latter has been looked at."""
     import transformers
     from transformers import AutoModelForCausalLM
 
     transformers.utils.logging.disable_progress_bar()  # a run shows its own
+    if not verified:
+        _refuse_damaged(Path(model), role)
     base = adapter_base(Path(model))
     with _explained(model, role):
         # pyright does not know that this flag makes it a pair
@@ -100,6 +104,18 @@ def load_model(model: str, *, role: str, dtype: torch.dtype, device: torch.devic
     return loaded
 
 
+def _refuse_damaged(folder: Path, role: str) -> None:
+    """Raise ConfigError for a run's checkpoint whose weights a disk has changed: they would load all the same."""
+    if (got := damage(folder, only=".safetensors")) is not None:
+        raise ConfigError(
+            f"{role} model {folder}",
+            got=got,
+            expected=f"the weights that {SUMS_FILE} was written for",
+            remedy="make it again: the run that wrote it, with --resume, goes on from the checkpoint before it; or, if "
+            f"the weights were changed on purpose, remove {SUMS_FILE}",
+        )
+
+
 def load_student(
     config: StudentConfig,
     *,
@@ -113,7 +129,8 @@ def load_student(
     device = pick_device(config.device)
     dtype = _student_dtype(config.dtype, device, lora=config.lora is not None)
     if config.lora is None:
-        model: Any = load_model(str(weights or config.model), role=role, dtype=dtype, device=device)
+        name, resumed = str(weights or config.model), weights is not None
+        model: Any = load_model(name, role=role, dtype=dtype, device=device, verified=resumed)
     else:
         base = load_model(config.model, role=role, dtype=dtype, device=device)
         model = _with_adapters(base, config.lora, weights, seed)

@@ -20,8 +20,8 @@ from understudy.backends.cache import new_cache
 from understudy.backends.decoding import decode, rollout_uniforms
 from understudy.backends.language_model import LanguageModel
 from understudy.backends.loading import default_micro_batch_tokens
-from understudy.backends.memory import memory_budget
-from understudy.batching import Layout, lay_out, plan_batches
+from understudy.backends.memory import fewer_tokens, is_out_of_memory, memory_budget
+from understudy.batching import Arrangement, Layout, lay_out, plan_batches
 from understudy.config import OptimConfig, SamplingConfig
 from understudy.errors import NonFiniteError, RunError
 from understudy.lm_head import LMHead, head_logprobs, head_topk
@@ -44,11 +44,13 @@ log = logging.getLogger("understudy")
 
 @contextlib.contextmanager
 def _enough_memory(work: str, remedy: str) -> Iterator[None]:
-    """Say which setting an out-of-memory error comes from."""
+    """Say what helps where memory ran out, and nothing smaller can be tried."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise RunError(f"out of GPU memory while {work}; {remedy}") from error
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunError(f"out of memory while {work}; {remedy}") from error
 
 
 def _autocast(model: LanguageModel, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
@@ -189,14 +191,43 @@ class LocalTeacher:
 
     @torch.no_grad()
     def score(self, sequences: Sequence[TokenSequence], kind: ScoreKind, *, topk: int = 0) -> list[Scores]:
-        """See ``Teacher.score``."""
+        """See ``Teacher.score``. Where memory runs out, all of it is done again in smaller batches."""
+        while True:
+            plan = self._plan(sequences, self._batch_tokens)
+            if len(plan) == len(sequences):  # nothing smaller is left
+                with _enough_memory(
+                    "scoring a single completion", "lower sampling.max_completion_tokens, or use a smaller model"
+                ):
+                    return self._marked(sequences, plan, kind, topk)
+            try:
+                return self._marked(sequences, plan, kind, topk)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Outside the handler, which would keep the failed attempt's tensors alive.
+            self._batch_tokens = fewer_tokens(self._batch_tokens, lambda most: len(self._plan(sequences, most)))
+            log.warning(
+                "out of memory while scoring: done again in batches of at most %d tokens; to begin with that, set "
+                "optim.micro_batch_tokens = %d",
+                self._batch_tokens,
+                self._batch_tokens,
+            )
+
+    def _plan(self, sequences: Sequence[TokenSequence], max_tokens: int) -> list[tuple[Arrangement, list[int]]]:
+        return plan_batches(sequences, max_tokens=max_tokens, share_prompts=self.model.shares_prompts)
+
+    def _marked(
+        self,
+        sequences: Sequence[TokenSequence],
+        plan: Sequence[tuple[Arrangement, list[int]]],
+        kind: ScoreKind,
+        topk: int,
+    ) -> list[Scores]:
         scores: list[Scores | None] = [None] * len(sequences)
-        plan = plan_batches(sequences, max_tokens=self._batch_tokens, share_prompts=self.model.shares_prompts)
         for arrangement, chosen in plan:
             layout = lay_out([sequences[i] for i in chosen], device=self.model.device, arrangement=arrangement)
             lengths = [len(sequences[i].completion_ids) for i in chosen]
-            remedy = f"lower optim.micro_batch_tokens (now {self._batch_tokens})"
-            with _enough_memory("scoring", remedy), _autocast(self.model, self.autocast):
+            with _autocast(self.model, self.autocast):
                 for i, score in zip(chosen, self._batch(layout, lengths, kind, topk), strict=True):
                     scores[i] = score
         return [score for score in scores if score is not None]
@@ -230,9 +261,11 @@ class LocalTrainer:
     ) -> None:
         self.model = model
         self._autocast = autocast
-        self._temperature = temperature
         self._grad_clip = optim.grad_clip
-        self._batch_tokens = optim.micro_batch_tokens or default_micro_batch_tokens(model.device)
+        # The live weights as a teacher.
+        self._marker = LocalTeacher(
+            model, temperature=temperature, batch_tokens=optim.micro_batch_tokens, autocast=autocast
+        )
         self._parameters = [p for p in model.model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
             self._parameters,
@@ -245,25 +278,22 @@ class LocalTrainer:
 
     def compute_logprobs(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:
         """See ``Trainer.compute_logprobs``."""
-        return self._marker().compute_logprobs(sequences)
+        return self._marker.compute_logprobs(sequences)
 
     def topk_ids(self, sequences: Sequence[TokenSequence], k: int) -> list[Sequence[Sequence[int]]]:
         """See ``Trainer.topk_ids``."""
-        return [score.ids for score in self._marker().score(sequences, "topk", topk=k) if isinstance(score, TopkScores)]
-
-    def _marker(self) -> LocalTeacher:
-        """The live weights as a teacher."""
-        return LocalTeacher(
-            self.model, temperature=self._temperature, batch_tokens=self._batch_tokens, autocast=self._autocast
-        )
+        return [score.ids for score in self._marker.score(sequences, "topk", topk=k) if isinstance(score, TopkScores)]
 
     def forward_backward(self, batch: Batch, objective: Objective) -> LossOutput:
         """See ``Trainer.forward_backward``."""
-        with _enough_memory("training", f"lower optim.micro_batch_tokens (now {self._batch_tokens})"):
-            with _autocast(self.model, self._autocast):
-                loss = objective(self._on_device(batch), self.model.completion_hidden(batch), self.model.head)
-            loss.loss.backward()
+        with _autocast(self.model, self._autocast):
+            loss = objective(self._on_device(batch), self.model.completion_hidden(batch), self.model.head)
+        loss.loss.backward()
         return LossOutput(loss.loss.detach(), loss.metrics)
+
+    def discard_gradients(self) -> None:
+        """See ``Trainer.discard_gradients``."""
+        self._optimizer.zero_grad(set_to_none=True)
 
     def _on_device(self, batch: Batch) -> Batch:
         """With the hidden states that were on the CPU until their micro-batch had its turn."""

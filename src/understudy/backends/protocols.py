@@ -70,14 +70,12 @@ class Trainer(Protocol):
         ...
 
     def gradient_norm(self, *, divisor: int) -> float | None:
-        """The norm of what has accumulated, divided by ``divisor``; None: not known before the step.
-
-        Called for [guards]; a trainer that leaves out this and ``discard_gradients`` skips no update.
-        """
+        """The norm of what has accumulated, divided by ``divisor``; None: not known before the step. For [guards]."""
         ...
 
     def discard_gradients(self) -> None:
-        """Forget what has accumulated: no step is made of it."""
+        """Forget the gradient that has accumulated: of an update that [guards] refuse, or where ``forward_backward``
+        ran out of memory, before the update is tried again with smaller batches."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
