@@ -17,6 +17,7 @@ from understudy.backends.protocols import Sampler, Teacher, Trainer
 from understudy.checkpoints import checkpoint_path, write_json
 from understudy.config import RunConfig, StudentConfig
 from understudy.costs import CostLedger, MeteredSampler
+from understudy.doctor.catalogue import look_before
 from understudy.errors import GuardStop, NonFiniteError, ServerError, ServerUnavailable
 from understudy.evaluation import evaluate_tasks, outcome_metrics, task_outcomes, write_outcomes
 from understudy.loop import on_policy_loop, sample, score
@@ -131,6 +132,7 @@ def _run(
         if folder.trained and kept and not folder.owes_evaluation:
             log.info("%s: all %d steps are done; raise optim.num_steps to go on", folder.path, steps)
             return _finished(folder, folder.last_row(), None)
+        look_before(folder.config, method, checked, given)
         if folder.checkpoint:
             log.info("%s: going on after step %d of %d", folder.path, folder.first_step, steps)
         stop = StopRequest(folder.config.checkpoints.stop_within_seconds)

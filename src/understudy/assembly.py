@@ -42,6 +42,7 @@ class Parts:
     """The loop's working parts, and its settings in the form its stages take them.
 
     ``page_teachers`` and ``page_reference`` are off the cost ledger: what pages show is not part of a method's price.
+    ``student``: the model that is trained in this process, if one is.
     ``may_be_away``: teachers without whose marks a step may do. ``cancel``: ends what servers are being asked;
     ``connections``: to be closed after the run.
     """
@@ -62,6 +63,7 @@ class Parts:
     decode: Callable[[Sequence[int]], str]
     batching: Mapping[str, Any]
     credit: CreditRules
+    student: LanguageModel | None = None
     may_be_away: frozenset[str] = frozenset()
     cancel: Callable[[], None] = lambda: None
     connections: ExitStack = field(default_factory=ExitStack)
@@ -165,6 +167,7 @@ def _assemble(
             "dtype": torch.float64 if student and student.dtype == torch.float64 else torch.float32,
         },
         credit=credit_rules(effective, special_ids=checked.special_ids),
+        student=student,
         may_be_away=frozenset(name for name, role in config.all_teachers.items() if role.when_away == "skip"),
         cancel=partial(_cancel, [*remote.values(), *([sampler] if isinstance(sampler, VllmSampler) else [])]),
     )

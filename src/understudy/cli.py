@@ -35,6 +35,7 @@ app.command(cli_serve.serve)
 for tool in (
     cli_tools.compare,
     cli_tools.cost,
+    cli_tools.doctor,
     cli_tools.report,
     cli_tools.estimators,
     cli_tools.experiment,

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from rich.console import Console
 
-from understudy.cli_arguments import Overrides, parse_overrides
+from understudy.cli_arguments import Overrides, Run, parse_overrides
 from understudy.config import RunConfig, field_rows
 from understudy.errors import ConfigError
 
@@ -130,6 +130,52 @@ def cost(
     else:
         print_prediction(prediction, asked)
     return 0
+
+
+def doctor(
+    run: Run,
+    /,
+    *overrides: Overrides,
+    method: Literal["distill", "rl", "sft"] | None = None,
+    fast: bool = False,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> int:
+    """Find out before a run what would go wrong: another template, another end token, another temperature, no memory.
+
+    Tokenizers, templates, rows and disk first; then models are loaded, the student writes, everybody marks it, and two
+    small steps are timed. Each check says pass, warn or fail, what was seen, why it matters and what helps
+    (docs/doctor.md). Nothing is written. Exit code 2 with a failure, else 0.
+
+    For example:
+
+        understudy doctor run.toml
+
+        understudy doctor run.toml --fast
+
+        understudy doctor run.toml --method rl --json --sampling.group_size 8
+
+    Parameters
+    ----------
+    method
+        The command that is meant; by default distill with a teacher, rl with rewards alone, sft with neither.
+    fast
+        Only what needs no weights: what every training command looks at when it starts.
+    as_json
+        Print findings for machines.
+    """
+    config = RunConfig.from_toml(run, parse_overrides(overrides))
+    chosen = method or ("distill" if config.all_teachers else "rl" if config.reward else "sft")
+    console = Console(stderr=True)
+    with console.status("doctor") as status:
+        from understudy.doctor.catalogue import diagnose
+        from understudy.doctor.page import print_report
+
+        report = diagnose(config, chosen, fast=fast, progress=lambda name: status.update(f"doctor: {name}"))
+    if as_json:
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        print_report(report)
+    return report.exit_code
 
 
 def report(*runs: Path) -> int:

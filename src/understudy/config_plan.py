@@ -232,7 +232,7 @@ def load_plan(
         set_dotted(target, key, toml_value(value))
     if is_run:
         run = RunConfig.from_tree(tree, str(path))
-        tree = _tree_of_run(run, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+        tree = tree_of_run(run, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
         given = hardware.get("hardware", {})
         tree["hardware"] = tree["hardware"] | given if isinstance(given, dict) else given
     else:
@@ -247,8 +247,9 @@ def load_plan(
         raise explain(error, str(path), PlanConfig) from None
 
 
-def _tree_of_run(run: RunConfig, *, prompt_tokens: int | None, completion_tokens: int | None) -> dict[str, Any]:
-    """A run beside what else could be done with its prompts: the same number of completions, of the same lengths."""
+def tree_of_run(run: RunConfig, *, prompt_tokens: int | None, completion_tokens: int | None) -> dict[str, Any]:
+    """The tree of a plan: a run beside what else could be done with its prompts, by the same number of completions of
+    the same lengths."""
     teacher = next(iter(run.all_teachers.values()), None)
     supervised = teacher is None and run.reward is None
     prompt, written, said = _lengths(run, supervised)

@@ -53,8 +53,8 @@ def check_run(config: RunConfig, method: Method, *, grader: Grader | None = None
 
     ``grader`` stands in for [reward].
     """
-    _check_sections(config, method, brought_grader=grader is not None)
-    _check_machine(config, method)
+    check_sections(config, method, brought_grader=grader is not None)
+    check_machine(config, method)
     if grader is None and config.reward and method in ("distill", "rl"):
         grader = load_grader(config.reward.grader)
     tasks = () if method == "generate" else config.evaluation.tasks
@@ -86,13 +86,13 @@ def check_run(config: RunConfig, method: Method, *, grader: Grader | None = None
         vocab_size=vocab_size,
         prompts=prompts,
         rows=rows,
-        tasks=[_eval_task(config, task, own, student) for task, own in zip(tasks, graders, strict=True)],
+        tasks=[eval_task(config, task, own, student) for task, own in zip(tasks, graders, strict=True)],
         grader=grader,
     )
 
 
-def _check_machine(config: RunConfig, method: Method) -> None:
-    """What this machine lacks: devices that are named, and the package that adapters need."""
+def check_machine(config: RunConfig, method: Method) -> None:
+    """Raise ConfigError for what this machine lacks: devices that are named, and the package that adapters need."""
     teachers = [*config.all_teachers.values()] if method == "distill" else []
     teachers += [config.reference] if config.reference and method in ("distill", "rl") else []
     models = [config.teacher] if method == "generate" and config.teacher else [config.student, *teachers]
@@ -167,7 +167,8 @@ def _check_topk(config: RunConfig, vocab_size: int) -> None:
         )
 
 
-def _eval_task(config: RunConfig, task: EvalTaskConfig, grader: Grader, student: ModelText) -> EvalTask:
+def eval_task(config: RunConfig, task: EvalTaskConfig, grader: Grader, student: ModelText) -> EvalTask:
+    """A task with its problems read and its answers tried on the grader. Raises ConfigError."""
     length = task.max_completion_tokens or config.sampling.max_completion_tokens
     prompts = load_prompts(task, student, max_completion_tokens=length, task=task.name)
     _check_answers(prompts, grader, task)
@@ -204,8 +205,8 @@ def _check_answers(prompts: Sequence[Prompt], grader: Grader, source: RowsConfig
             ) from None
 
 
-def _check_sections(config: RunConfig, method: Method, *, brought_grader: bool) -> None:
-    """What each method needs, and what it must not be given."""
+def check_sections(config: RunConfig, method: Method, *, brought_grader: bool) -> None:
+    """Raise ConfigError for what a method needs and has not, or must not be given."""
     rewarded = brought_grader or config.reward is not None
     taught = bool(config.all_teachers) or config.objective.control == "fixed_negative"
     required = {

@@ -1,0 +1,197 @@
+"""What checks look at: a run's models' texts and rows, and, once loaded, its parts at work. Everything is read once,
+when the first check asks for it, and a part that cannot be had hides no other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from understudy.config import RunConfig
+from understudy.errors import UnderstudyError
+from understudy.evaluation import EvalTask
+from understudy.preflight import Checked, Method, check_run, eval_task
+from understudy.prompts import load_prompts
+from understudy.rows import Row, read_rows
+from understudy.supervised import load_examples, supervised_examples
+from understudy.tasks import load_grader
+from understudy.tokenization import ModelText, load_text, resolve_stop_ids
+from understudy.types import Prompt, TrainingExample
+
+if TYPE_CHECKING:
+    from understudy.assembly import Given, Parts
+    from understudy.costs import CostLedger
+    from understudy.doctor.trial import Trial
+
+# Rows that the form at the start of a run looks at: it must not keep anybody waiting.
+FAST_ROWS = 20_000
+# Rows of `sft` that are tokenised to see how they look.
+LOOKED_AT = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration under one method. Properties raise ConfigError or RunError, the same one each time.
+
+    ``checked``: what ``check_run`` has found, where it has run; ``fast``: only what needs a second.
+    """
+
+    config: RunConfig
+    method: Method
+    given: Given
+    checked: Checked | None = None
+    fast: bool = False
+    _known: dict[str, Any] = field(default_factory=dict)
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` gave, or raised, when it was first asked for under this name."""
+        if name not in self._known:
+            try:
+                self._known[name] = make()
+            except UnderstudyError as error:
+                self._known[name] = error
+        found = self._known[name]
+        if isinstance(found, UnderstudyError):
+            raise found
+        return found
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether the student writes what it is trained on."""
+        return self.method != "sft"
+
+    @property
+    def student(self) -> ModelText:
+        """Its tokenizer and configuration."""
+        return self.checked.student if self.checked else self.once("student", self._load_student)
+
+    def _load_student(self) -> ModelText:
+        return load_text(self.config.student.model, "student")
+
+    @property
+    def teacher_names(self) -> list[str]:
+        """Of the teachers that the method has."""
+        return list(self.config.all_teachers) if self.method == "distill" else []
+
+    def teacher(self, name: str) -> ModelText:
+        """One teacher's tokenizer and configuration."""
+        if self.checked:
+            return self.checked.teachers[name]
+        return self.once(f"teacher {name}", lambda: load_text(self.config.all_teachers[name].model, "teacher"))
+
+    @property
+    def reference(self) -> ModelText | None:
+        """The reference's, where there is one."""
+        role = self.config.reference
+        if role is None or not self.on_policy:
+            return None
+        return self.once("reference", lambda: load_text(role.model, "reference"))
+
+    @property
+    def texts(self) -> dict[str, ModelText]:
+        """By role: "student", "teacher <name>"."""
+        return {"student": self.student} | {f"teacher {name}": self.teacher(name) for name in self.teacher_names}
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """What ends a completion."""
+        if self.checked:
+            return self.checked.stop_ids
+        teachers = {name: self.teacher(name) for name in self.teacher_names}
+        configured = self.config.sampling.stop_token_ids
+        return self.once("stop_ids", lambda: resolve_stop_ids(self.student, teachers, configured))
+
+    @property
+    def prompts(self) -> Sequence[Prompt]:
+        """What is trained on; empty for `sft`."""
+        if self.checked:
+            return self.checked.prompts
+        return self.once("prompts", self._load_prompts) if self.on_policy else []
+
+    def _load_prompts(self) -> Sequence[Prompt]:
+        teachers = {name: self.teacher(name) for name in self.teacher_names}
+        length = self.config.training_sampling.max_completion_tokens
+        config = self.config.prompts
+        return load_prompts(config, self.student, teachers, max_completion_tokens=length) if config else []
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """What `sft` trains on; empty for other methods."""
+        if self.checked:
+            return self.checked.rows
+        config = self.config.prompts
+        return [] if self.on_policy or config is None else self.once("rows", lambda: read_rows(config))
+
+    @property
+    def examples(self) -> Sequence[TrainingExample]:
+        """The rows of `sft`, tokenised; in the fast form the first ones."""
+        config = self.config.prompts
+        if self.on_policy or config is None:
+            return []
+        longest = self.config.supervised.max_tokens
+
+        def make() -> Sequence[TrainingExample]:
+            if not self.fast:
+                return load_examples(self.config, self.rows, self.student, self.stop_ids).own
+            first = self.rows[:LOOKED_AT]
+            return supervised_examples(first, config, self.student, self.stop_ids, max_tokens=longest)
+
+        return self.once("examples", make)
+
+    @property
+    def tasks(self) -> Sequence[EvalTask]:
+        """The evaluation's."""
+        return self.checked.tasks if self.checked else self.once("tasks", self._load_tasks)
+
+    def _load_tasks(self) -> Sequence[EvalTask]:
+        tasks = self.config.evaluation.tasks
+        return [eval_task(self.config, task, load_grader(task.grader), self.student) for task in tasks]
+
+    def whole(self) -> Checked:
+        """Everything that is known before weights are read. Raises ConfigError for whatever cannot work."""
+        if self.checked:
+            return self.checked
+        return self.once("whole", lambda: check_run(self.config, self.method, grader=self.given.grader))
+
+    @property
+    def parts(self) -> Parts:
+        """The run's working parts, models loaded; marks are not kept anywhere."""
+        return self.once("parts", self._assemble)
+
+    def _assemble(self) -> Parts:
+        from understudy.assembly import assemble
+
+        checked = self.whole()
+        return assemble(_without_caches(self.config), checked, self.costs, checkpoint=None, given=self.given)
+
+    @property
+    def costs(self) -> CostLedger:
+        """What the parts have cost so far."""
+        from understudy.costs import CostLedger
+
+        return self.once("costs", CostLedger)
+
+    @property
+    def trial(self) -> Trial:
+        """The student's own completions, and what everybody says of them."""
+        from understudy.doctor.trial import run_trial
+
+        return self.once("trial", lambda: run_trial(self.parts))
+
+    def close(self) -> None:
+        """End the connections of parts that were assembled."""
+        parts = self._known.get("parts")
+        if parts is not None and not isinstance(parts, UnderstudyError):
+            parts.connections.close()
+
+
+def _without_caches(config: RunConfig) -> RunConfig:
+    """Marks are to be computed here, not looked up."""
+    bare: Mapping[str, Any] = {"cache": None}
+    update: dict[str, Any] = {
+        role: own.model_copy(update=bare)
+        for role in ("teacher", "reference")
+        if (own := getattr(config, role)) is not None
+    }
+    update["teachers"] = {name: teacher.model_copy(update=bare) for name, teacher in config.teachers.items()}
+    return config.model_copy(update=update)

@@ -1,0 +1,106 @@
+"""All checks, and how they are run: by `understudy doctor`, and in their fast form before every training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import closing
+
+from understudy.assembly import Given
+from understudy.config import RunConfig
+from understudy.doctor import configuration, data, fit, resources, teachers, templates, tokens
+from understudy.doctor.case import Case
+from understudy.doctor.findings import Check, Finding, Found, Report
+from understudy.errors import ConfigError, RunError, UnderstudyError
+from understudy.preflight import Checked, Method
+
+log = logging.getLogger("understudy")
+
+# Cheap ones first; the probe of steps trains, and comes last.
+CHECKS: tuple[Check, ...] = (
+    *configuration.CHECKS,
+    *tokens.CHECKS,
+    *templates.CHECKS,
+    *data.CHECKS,
+    *configuration.LAST,
+    *teachers.CHECKS,
+    *fit.CHECKS,
+    *resources.CHECKS,
+)
+_NO_GIVEN = Given()
+
+
+def diagnose(
+    config: RunConfig,
+    method: Method,
+    *,
+    given: Given = _NO_GIVEN,
+    fast: bool = False,
+    progress: Callable[[str], object] = lambda name: None,
+) -> Report:
+    """Look at everything that can be looked at. A check that finds an error is a finding, and hides no other check.
+
+    ``given``: parts that a caller brings instead of the configured ones. ``fast``: without weights, in a second.
+    ``progress`` is told which check runs. Nothing is written; the student's weights change in memory alone.
+    """
+    case = Case(_of_method(config, method), method, given, fast=fast)
+    findings: list[Finding] = []
+    not_run: dict[str, str] = {}
+    told: dict[str, str] = {}
+    with closing(case):
+        for check in _chosen(method, fast):
+            progress(check.name)
+            try:
+                findings += [_finding(check, found) for found in check.run(case)]
+            except (ConfigError, RunError) as error:
+                if str(error) in told:  # what one check has said, others need not repeat
+                    not_run[check.name] = f"see {told[str(error)]}"
+                    continue
+                told[str(error)] = check.name
+                findings.append(_failure(check, error))
+    return Report(method, findings, not_run)
+
+
+def look_before(config: RunConfig, method: Method, checked: Checked, given: Given) -> None:
+    """The fast form, for a run that ``check_run`` lets begin: a line in the log for each warning.
+
+    Raises ConfigError for what fails.
+    """
+    case = Case(config, method, given, checked, fast=True)
+    for check in _chosen(method, fast=True):
+        for found in check.run(case):
+            finding = _finding(check, found)
+            if finding.level == "fail":
+                raise ConfigError(check.name, got=finding.evidence, expected=check.threshold, remedy=finding.remedy)
+            if finding.level == "warn":
+                log.warning("doctor, %s", finding.line)
+
+
+def _chosen(method: Method, fast: bool) -> Iterator[Check]:
+    """Those without weights come first, whatever their topic."""
+    mine = [check for check in CHECKS if method in check.methods and (check.fast or not fast)]
+    return iter(sorted(mine, key=lambda check: check.weights))
+
+
+def _of_method(config: RunConfig, method: Method) -> RunConfig:
+    """One file serves every command: what `rl` and `sft` have no use for is left out."""
+    if method == "distill":
+        return config
+    config = config.model_copy(update={"teacher": None, "teachers": {}})
+    if method == "rl":
+        return config
+    at_hand = {"sampler": None, "sampling": config.sampling.model_copy(update={"max_policy_lag": 0})}
+    return config.model_copy(update=at_hand)
+
+
+def _finding(check: Check, found: Found) -> Finding:
+    remedy = "" if found.level == "pass" else check.remedy if found.remedy is None else found.remedy
+    return Finding(check.name, found.level, found.evidence, check.why, remedy, found.numbers)
+
+
+def _failure(check: Check, error: UnderstudyError) -> Finding:
+    numbers = {"error": str(error)}
+    if isinstance(error, ConfigError):
+        evidence = f"{error.where}: got {error.got}; expected {error.expected}"
+        return Finding(check.name, "fail", evidence, check.why, error.remedy, numbers)
+    return Finding(check.name, "fail", str(error), check.why, check.remedy, numbers)

@@ -1,0 +1,107 @@
+"""Disk, memory and time: what is said of a healthy run, and too little of each."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import ledger_config, ledger_world, levels, look, only, tiny_config
+from safetensors.torch import load_file
+
+from understudy.backends import memory
+from user import save_model, word_tokenizer
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ledger_world(tmp_path_factory.mktemp("ledger"))
+
+
+def weights_of(folder: Path) -> int:
+    return sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
+
+
+def with_free(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, int(free)))
+
+
+def test_a_checkpoint_is_weights_and_two_moments(world: Path):
+    finding = only(look(ledger_config(world), fast=True), "resources.disk")
+    assert finding.level == "pass"
+    # Norms and biases are not counted: 0.6% of so small a model.
+    assert finding.numbers["checkpoint"] == pytest.approx(12 * weights_of(world / "models" / "start"), rel=0.01)
+    assert finding.numbers["checkpoints"] == 2  # after steps 50 and 100; both are kept
+    once = ledger_config(world, checkpoints={"every": 10, "keep": 3})
+    assert only(look(once, fast=True), "resources.disk").numbers["checkpoints"] == 4
+
+
+def test_adapters_take_less(world: Path):
+    config = ledger_config(world, student={"lora": {"rank": 4}})
+    finding = only(look(config, fast=True), "resources.disk")
+    # q, k, v, o of 32 x 32 and an MLP of 32 x 80, two layers, rank 4.
+    weights = 4 * 2 * (4 * (32 + 32) + 3 * (32 + 80))
+    assert finding.numbers["checkpoint"] == 12 * weights
+
+
+@pytest.mark.parametrize(("free", "level"), [(50.1e6, "fail"), (50.5e6, "warn"), (51e6, "pass")])
+def test_too_little_disk(free: float, level: str, world: Path, monkeypatch: pytest.MonkeyPatch):
+    """A checkpoint takes 0.34 MB, and 50 MB are left for the rest."""
+    with_free(monkeypatch, free)
+    report = look(ledger_config(world), fast=True)
+    finding = only(report, "resources.disk")
+    assert finding.level == level
+    assert report.exit_code == (2 if level == "fail" else 0)
+    if level != "pass":
+        assert "checkpoints.keep = 1" in finding.remedy
+
+
+@pytest.mark.parametrize(("available", "level"), [(1e6, "fail"), (60e6, "warn"), (1e9, "pass")])
+def test_too_little_memory(available: float, level: str, world: Path, monkeypatch: pytest.MonkeyPatch):
+    from understudy.doctor.case import Case
+    from understudy.doctor.resources import memory as check
+
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: namedtuple("M", "available")(int(available)))
+    from understudy.assembly import Given
+
+    [found] = check(Case(ledger_config(world), "distill", Given()))
+    assert found.level == level
+    phases = found.numbers["phases"]
+    assert set(phases) == {"sampling", "scoring", "training"}
+    # Weights, gradients and two moments of the student, and the teacher: all float32.
+    sizes = [weights_of(world / "models" / role) for role in ("start", "teacher")]
+    assert found.numbers["resident"] == pytest.approx(16 * sizes[0] + 4 * sizes[1], rel=0.01)
+
+
+def test_what_a_step_takes(world: Path):
+    report = look(ledger_config(world))
+    finding = only(report, "resources.steps")
+    assert finding.level == "pass"
+    numbers = finding.numbers
+    assert (numbers["probed"], numbers["of"]) == (8, 16)
+    assert set(numbers["seconds"]) == {"student_sampling", "teacher_scoring", "student_training"}
+    assert numbers["hours"] == pytest.approx(100 * numbers["step_seconds"] / 3600)
+    # 64 sequences of about 94 tokens: 2N for each model that reads, 6N for the one that trains.
+    sizes = [weights_of(world / "models" / role) for role in ("start", "teacher")]
+    expected = 64 * 94 * (8 * sizes[0] + 2 * sizes[1])
+    assert numbers["step_flops"] == pytest.approx(expected, rel=0.1)
+    assert not (world / "run").exists()  # nothing is written
+
+
+@pytest.mark.parametrize("method", ["rl", "sft"])
+def test_other_methods_are_timed_too(method: Any, tmp_path: Path):
+    for seed, role in enumerate(("student", "teacher")):
+        save_model(tmp_path / role, word_tokenizer(), seed=seed, context=64)
+    rows = [{"prompt": f"w{i} w{i + 1}", "answer": "w1", "completion": f"w{i}"} for i in range(12)]
+    rows = [{k: v for k, v in row.items() if (k == "completion") <= (method == "sft")} for row in rows]
+    config = tiny_config(tmp_path, rows=rows, reward={"grader": "exact_match"})
+    report = look(config, method)
+    assert report.of("fail") == []
+    assert levels(report, "resources.steps") == ["pass"]
+    roles = {"rl": {"student_sampling", "student_training"}, "sft": {"student_training"}}[method]
+    assert set(only(report, "resources.steps").numbers["seconds"]) == roles
+    assert levels(report, "teachers.repeatable") == []
