@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from understudy.errors import ConfigError
+from understudy.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from understudy.backends.protocols import Trainer
@@ -59,11 +58,14 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
 
     path = checkpoint / STATE_FILE
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError(f"a {type(state).__name__}")
+        return state
+    except Exception as error:  # of a damaged file torch's reader raises whatever comes to it
         raise ConfigError(
             f"checkpoint {path}",
-            got=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            got=first_line(error),
             expected="the state that the run saved there",
             remedy=f"remove {checkpoint}: --resume then goes on from the checkpoint before it",
         ) from None
