@@ -8,7 +8,8 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	"$$python" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check lint format test test-slow test-survival test-gpu test-vllm wheel-test demo demo-assistant clean
+.PHONY: help setup check lint format test test-slow test-survival test-fuzz test-browser test-gpu test-vllm wheel-test demo \
+	demo-assistant clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +48,14 @@ test-survival: $(STAMP)  ## kill, starve and stop real runs; a part of test-slow
 
 test-gpu: $(STAMP)  ## tests that need a CUDA device
 	$(BIN)/pytest -m gpu
+
+test-browser: $(STAMP)  ## pages of hostile texts in Chromium, which must be on the path
+	$(BIN)/pytest -m browser tests/browser
+
+# Parquet files are read by a package of the `data` extra, which the development packages leave out.
+test-fuzz: $(STAMP)  ## tens of thousands of broken files; counts go to benchmarks/results/fuzz.json (hours; SEED=7)
+	$(BIN)/pip install --quiet 'datasets>=4.0'
+	UNDERSTUDY_FUZZ_SEED=$(or $(SEED),0) UNDERSTUDY_FUZZ_RESULTS=benchmarks/results/fuzz.json $(BIN)/pytest -m slow tests/fuzz
 
 # A third party's CPU build of vLLM in a venv of its own. Without what its overrides leave out, it needs torch's CPU build
 # (PIP_FIND_LINKS says where one is, if pip's index has none); and its command asks for a distribution named vllm.

@@ -82,9 +82,15 @@ def test_only_whole_pieces_are_kept(tmp_path: Path) -> None:
 def test_rows_that_could_not_be_written_are_refused_first(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Path(config["prompts"]["path"]).write_text('{"prompt": "w1"}\n{"prompt": "w1", "score": NaN}\n')
+    made = Path(config["output_dir"]).parent / "timed_rows.py"
+    made.write_text(
+        "import datetime\ndef rows():\n    yield {'prompt': 'w1'}\n"
+        "    yield {'prompt': 'w1', 'at': datetime.date(2025, 1, 2)}\n"
+    )
+    monkeypatch.syspath_prepend(str(made.parent))
     monkeypatch.setattr(api, "load_student", lambda *a, **k: pytest.fail("weights were read"))
-    with pytest.raises(ConfigError, match=r"rows.jsonl:2\n[\s\S]*JSON can hold"):
+    config["prompts"]["path"] = "timed_rows:rows"
+    with pytest.raises(ConfigError, match=r"timed_rows:rows\[1\]\n[\s\S]*JSON can hold"):
         generate(config)
     assert not Path(config["output_dir"]).exists()
 

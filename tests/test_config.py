@@ -71,7 +71,7 @@ def test_stop_strings_are_not_empty(tmp_path: Path) -> None:
         ("students.model", "did you mean student or"),
         ("student.lorra.rank", "did you mean student.lora?"),
         ("teachers.maths.modle", "did you mean teachers.<name>.model?"),
-        ("teacher.checkpoint", "[teacher] has model, dtype, device"),
+        ("teacher.checkpoint", "[teacher] has model, trust_remote_code, dtype, device"),
         ("zzz", "`understudy keys` lists every key"),
     ],
 )
@@ -140,3 +140,58 @@ def test_objectives_are_written_and_read_back(tmp_path: Path) -> None:
     assert (again.objective.importance_band, again.objective.tokens.span) == ((0.5, 2.0), (0.1, 0.4))
     assert again.reference is not None
     assert again.reference.model == "start"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('output_dir = "a\\u0000b"\n[student]\nmodel = "m"', "the character 0"),
+        ('output_dir = "run"\nseed = 9223372036854775808\n[student]\nmodel = "m"', "seed = a number of 64 bits"),
+        ('output_dir = "run"\nseed = ' + "9" * 5000, "integer string"),
+        ("output_dir = " + "[" * 50_000, "recursion"),
+        ('output_dir = "run"\n[prompts.options]\n' + "a." * 40 + "b = 1", "deep"),
+        ('output_dir = "run"\n[student]\nmodel = "' + "m" * 256 + '"', "'mmm"),
+        ('output_dir = "run"\n[student]\nmodel = "m"\n[optim]\nbetas = [0.9, 1.0]', "[0.9, 1.0]"),
+        ('output_dir = "run"\n[student]\nmodel = "m"\n[optim]\nlearning_rate = nan', "nan"),
+        ('output_dir = "run"\nnum_threads = 100000\n[student]\nmodel = "m"', "100000"),
+    ],
+    ids=["NUL", "65 bits", "5000 digits", "brackets", "tables", "a long name", "betas", "NaN", "threads"],
+)
+def test_values_that_nothing_takes(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        RunConfig.from_toml(path)
+    assert said in refused.value.got
+    assert refused.value.where.startswith(f"configuration {path}")
+    assert len(str(refused.value)) < 2000
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(b'\xef\xbb\xbfoutput_dir = "run"\r\n[student]\r\nmodel = "m"\r\n')
+    assert RunConfig.from_toml(path).student.model == "m"
+
+
+def test_an_override_is_one_value(tmp_path: Path) -> None:
+    """Text that would be further lines of the file stays text."""
+    config = read(tmp_path, {"student.model": "'a'\nseed = 3"})
+    assert (config.student.model, config.seed) == ("'a'\nseed = 3", 0)
+    with pytest.raises(ConfigError, match="a number of 100 bits"):
+        read(tmp_path, {"seed": str(2**100 - 1)})
+
+
+@pytest.mark.parametrize(
+    ("teacher", "hidden"),
+    [
+        ({"url": "http://me:s3cret@host/v1"}, "s3cret"),
+        ({"url": "http://host/v1?key=s3cret"}, "s3cret"),
+        ({"url": "http://host/v1", "api_key_env": "sk-s3cret"}, "s3cret"),
+        ({"url": "http://host/v1", "api_key": "s3cret"}, "s3cret"),
+    ],
+)
+def test_what_may_be_a_secret_is_not_said(teacher: dict[str, str], hidden: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        read(tmp_path, teacher=teacher)
+    assert hidden not in str(refused.value)
+    assert "teacher" in refused.value.where

@@ -46,7 +46,7 @@ def test_no_weights_at_all(folder: Path) -> None:
 
 def test_devices() -> None:
     assert pick_device("cpu") == torch.device("cpu")
-    for name in ("gpu", "cuda:99", ""):
+    for name in ("gpu", "cuda:99", "", "meta"):
         with pytest.raises(ConfigError, match="present on this machine"):
             pick_device(name)
 

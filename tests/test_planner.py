@@ -384,7 +384,7 @@ def test_bad_plans_are_refused(
 def test_a_model_out_of_reach_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from transformers import AutoConfig
 
-    def unreachable(name: str) -> None:
+    def unreachable(name: str, **options: bool) -> None:
         raise OSError(f"cannot connect for {name}\nand more")
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", unreachable)

@@ -398,3 +398,40 @@ def test_tokens_without_an_embedding_are_refused(tmp_path: Path) -> None:
         check_run(RunConfig.model_validate(config), "distill")
     config["prompts"]["limit"] = 1
     assert len(check_run(RunConfig.model_validate(config), "distill").prompts) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "sections", "name"),
+    [
+        ("distill", {"sampling": {"groups_per_batch": 2**40}}, "sampling.groups_per_batch * group_size"),
+        ("rl", {"sampling": {"group_size": 2**62}, "reward": {"grader": "exact_match"}}, "sampling.groups_per_batch"),
+        ("sft", {"supervised": {"batch_size": 2**50}}, "supervised.batch_size"),
+        ("eval", {"evaluation": {"tasks": [{"path": "rows.jsonl", "samples": 10**9}]}}, "samples of the task eval"),
+    ],
+)
+def test_more_than_any_machine_samples(
+    method: preflight.Method, sections: dict[str, Any], name: str, models: Path, tmp_path: Path
+) -> None:
+    """Such a list would be made before anything else: the process would only grow."""
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "w1", "answer": "w1", "completion": "w2"}])
+    teacher = models / "student" if method == "distill" else None
+    config = tree(models / "student", teacher, rows, tmp_path / "run", **sections)
+    with pytest.raises(ConfigError, match=r"at most 10000000") as refused:
+        check_run(RunConfig.model_validate(config), method)
+    assert refused.value.where.startswith(name)
+
+
+def test_columns_that_rollouts_cannot_be_kept_with(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dated.py").write_text(
+        "import datetime\ndef rows():\n    yield {'prompt': 'w1'}\n"
+        "    yield {'prompt': 'w1', 'at': datetime.date(2025, 1, 2)}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = tree(models / "student", models / "student", Path("dated:rows"), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"dated:rows\[1\]\n[\s\S]*not JSON serializable") as refused:
+        check_run(RunConfig.model_validate(config), "distill")
+    assert "rollouts.per_step = 0" in refused.value.remedy
+    config["rollouts"]["per_step"] = 0
+    assert len(check_run(RunConfig.model_validate(config), "distill").prompts) == 2

@@ -87,3 +87,55 @@ def test_messages_have_roles_and_contents(value: Any, tmp_path: Path) -> None:
     [row] = read(tmp_path / "r.jsonl", json.dumps({"messages": value}))
     with pytest.raises(ConfigError, match=r"r.jsonl:1"):
         row.messages()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"prompt": "a", "x": NaN}', "NaN, which is no JSON"),
+        ('{"prompt": "a", "prompt": "b"}', "the key 'prompt' twice"),
+        ('{"prompt": "a\\ud800"}', "half of a surrogate pair"),
+        ('{"x": ' + "[" * 5000 + "]" * 5000 + "}", "more than 100 deep"),
+        ('{"x": ' + "1" * 5000 + "}", "integer string"),
+    ],
+)
+def test_lines_that_could_not_be_written_again(line: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        read(tmp_path / "r.jsonl", f'{{"prompt": "a"}}\n{line}\n')
+    assert refused.value.where == f"{tmp_path / 'r.jsonl'}:2"
+    assert said in refused.value.got
+    assert refused.value.remedy == "fix or delete the line"
+
+
+def test_a_byte_order_mark_begins_a_file_and_no_other_line(tmp_path: Path) -> None:
+    [row] = read(tmp_path / "r.jsonl", '\ufeff{"prompt": "a"}')
+    assert row.values == {"prompt": "a"}
+    [row] = read(tmp_path / "r.json", '\ufeff[{"prompt": "a"}]')
+    assert row.values == {"prompt": "a"}
+    with pytest.raises(ConfigError, match=r"r.jsonl:2\n"):
+        read(tmp_path / "r.jsonl", '{"prompt": "a"}\n\ufeff{"prompt": "a"}')
+
+
+def test_a_list_in_a_file_is_as_strict(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rows .*r.json\n.*the key 'a' twice"):
+        read(tmp_path / "r.json", '[{"prompt": "x",\n "a": 1, "a": 2}]')
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("yield {'prompt': 'a'}; raise KeyError('lost')", "KeyError: 'lost'"),
+        ("yield {1: 'a', 'b': 2}", "the keys [1, 'b']"),
+        ("yield {'prompt': '\\ud800'}", "half of a surrogate pair"),
+        ("yield 3", "a int"),
+        ("raise ValueError", "ValueError"),
+    ],
+)
+def test_functions_that_fail(body: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"failing_rows_{abs(hash(body))}"
+    (tmp_path / f"{name}.py").write_text(f"def rows():\n    {body}\n    yield {{}}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError) as refused:
+        read_rows(RowsConfig(path=f"{name}:rows"))
+    assert said in refused.value.got
+    assert f"{name}:rows" in refused.value.where

@@ -26,7 +26,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     (tmp_path / "broken_module.py").write_text("import no_such_package\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    bounded._stop()
+    bounded._shared.stop()
 
 
 def test_values_come_from_another_process_that_stays() -> None:
@@ -60,7 +60,7 @@ def test_a_process_that_ends_is_replaced() -> None:
 @pytest.mark.parametrize("noticed", [True, False])
 def test_a_process_that_was_ended_between_calls_is_replaced(noticed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     first = bounded.call("slow_module:where")
-    process = bounded._process
+    process = bounded._shared._process
     assert process is not None
     process.kill()
     process.wait()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from understudy import ConfigError
+from understudy import ConfigError, tokenization
 from understudy.tokenization import check_same_tokens, load_text, resolve_stop_ids
 from user import bpe_tokenizer, save_model, word_tokenizer
 
@@ -133,3 +133,44 @@ def test_tokens_that_stand_for_nothing_do_not_hide_a_stop_string(tmp_path: Path)
 
 def test_no_stop_strings_no_test(tmp_path: Path) -> None:
     assert load_text(str(save_model(tmp_path / "m", word_tokenizer())), "student").stop_test(()) is None
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}", "no end after 0.2 seconds"),
+        ("{{ 'x' * 2000000 }}", "2000000 characters"),
+        ("{{ raise_exception('no such role') }}", "TemplateError: no such role"),
+        ("{{ messages[5].content }}", "UndefinedError"),
+        ("{% for %}", "TemplateSyntaxError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+    ],
+)
+def test_templates_that_fail_name_the_messages(
+    template: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenization, "TEMPLATE_SECONDS", 0.2)
+    folder = save_model(tmp_path / "m", bpe_tokenizer(chat=True, chat_template=template))
+    text = load_text(str(folder), "student")
+    with pytest.raises(ConfigError) as refused:
+        text.render([{"role": "user", "content": "How many?"}], add_generation_prompt=True, template_kwargs={})
+    assert refused.value.where == f"chat template of {folder}"
+    assert said in refused.value.got
+    assert "How many?" in refused.value.got
+    assert "chat_template_kwargs" in refused.value.remedy
+
+
+@pytest.mark.parametrize("options", [{"tokenize": False}, {"return_tensors": "pt"}, {"chat_template": "{{"}])
+def test_template_options_that_change_what_comes_back(options: dict[str, object], tmp_path: Path) -> None:
+    text = load_text(str(save_model(tmp_path / "m", bpe_tokenizer(chat=True))), "student")
+    with pytest.raises(ConfigError, match="chat template of"):
+        text.render([{"role": "user", "content": "a"}], add_generation_prompt=True, template_kwargs=options)
+
+
+def test_long_messages_are_no_long_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the messages bring does not count, nor does the time of the tokenizer."""
+    monkeypatch.setattr(tokenization, "_TEMPLATE_CHARACTERS", 100)
+    text = load_text(str(save_model(tmp_path / "m", bpe_tokenizer(chat=True))), "student")
+    long = [{"role": "user", "content": "w " * 2000}]
+    assert len(text.render(long, add_generation_prompt=True, template_kwargs={})) > 4000

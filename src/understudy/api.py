@@ -233,7 +233,7 @@ def _write_samples(folder: RunFolder, checked: Checked, samples: SampleFile, qui
     assert config.teacher is not None
     set_threads(config)
     teacher = _for_sampling(
-        StudentConfig(model=config.teacher.model, dtype=config.teacher.dtype, device=config.teacher.device)
+        StudentConfig(**config.teacher.model_dump(include={"model", "dtype", "device", "trust_remote_code"}))
     )
     model = load_student(teacher, vocab_size=checked.vocab_size, role="teacher")
     folder.write_config(

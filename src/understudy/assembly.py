@@ -24,6 +24,7 @@ from understudy.costs import CostLedger, MeteredSampler, MeteredTrainer
 from understudy.errors import ConfigError
 from understudy.evaluation import EvalTask
 from understudy.metering import counted_model, matmul_sizes, metered
+from understudy.model_files import adapter_base
 from understudy.objectives import Objective
 from understudy.precision import check_compute_dtype, choose_compute_dtype, compute_autocast
 from understudy.preflight import Checked
@@ -31,7 +32,6 @@ from understudy.prompts import batch_for_step
 from understudy.signals import Needs, build_objective, credit_rules, resolve_estimator, score_needs
 from understudy.tasks import Grader
 from understudy.teachers import load_reference, load_teachers, warn_of_idle_caches
-from understudy.tokenization import adapter_base
 from understudy.types import Prompt
 
 log = logging.getLogger("understudy")

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from understudy.errors import ConfigError, RunError, UnderstudyError
+from understudy.errors import ConfigError, RunError, UnderstudyError, first_line
 
 if TYPE_CHECKING:
     from understudy.backends.protocols import Trainer
@@ -86,7 +86,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
                 return state
             got = f"{STATE_FILE} without a run's state"
         except Exception as error:  # without sums to hold it against, damaged content may raise anything
-            got = f"{STATE_FILE}: {_first_line(error)}"
+            got = f"{STATE_FILE}: {first_line(error)}"
     raise ConfigError(
         f"checkpoint {checkpoint}",
         got=got,
@@ -164,10 +164,6 @@ def _sums(folder: Path, names: Iterable[str]) -> dict[str, str]:
         return dict(zip(names, workers.map(sum_of, names), strict=True))
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of whole checkpoints, oldest first."""
     found = []
@@ -191,7 +187,7 @@ def not_written(path: Path, error: BaseException) -> RunError:
     """What to raise where ``path`` could not be written. Not every library says why: what room there is tells more."""
     free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
     return RunError(
-        f"{path} could not be written: {_first_line(error)} ({free / 2**20:.1f} MiB free)\nWhat was written before is "
+        f"{path} could not be written: {first_line(error)} ({free / 2**20:.1f} MiB free)\nWhat was written before is "
         "whole. Make room, or make the folder writable, and the same command with --resume goes on from the last "
         "checkpoint"
     )

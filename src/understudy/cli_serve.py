@@ -27,6 +27,7 @@ def serve_teacher(
     vocab_size: int | None = None,
     max_model_len: int | None = None,
     num_threads: int | None = None,
+    trust_remote_code: Annotated[bool, Parameter(negative="")] = False,
     settings: Annotated[ServeSettings, Parameter(name="*", negative="")] = _DEFAULTS,
 ) -> int:
     """Serve a checkpoint as teacher or sampler: a part of vLLM's routes, scores of chosen tokens, hidden states.
@@ -62,6 +63,8 @@ def serve_teacher(
         Tokens of a sequence; the model's context by default.
     num_threads
         CPU threads; torch's choice by default.
+    trust_remote_code
+        Run the Python code that the checkpoint brings along (auto_map), with your rights.
     """
     try:
         import prometheus_client  # noqa: F401  # pyright: ignore[reportUnusedImport]
@@ -80,5 +83,5 @@ def serve_teacher(
         torch.set_num_threads(num_threads)
     from understudy.serve.command import ServedModel, serve
 
-    model = ServedModel(checkpoint, served_model_name, device, dtype, vocab_size, max_model_len)
+    model = ServedModel(checkpoint, served_model_name, device, dtype, vocab_size, max_model_len, trust_remote_code)
     return serve(model, settings, host=host, port=port, api_key_env=api_key_env)

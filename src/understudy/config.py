@@ -13,76 +13,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from understudy.config_base import Section, read_toml, set_dotted, toml_value
+from understudy.config_base import GradedConfig, Section, read_toml, set_dotted, toml_value, usable_path
 from understudy.config_guards import GuardsConfig
 from understudy.config_kept import CheckpointsConfig, RolloutsConfig
+from understudy.config_models import Dtype as Dtype
+from understudy.config_models import LoraConfig as LoraConfig
+from understudy.config_models import StudentConfig, TeacherConfig
 from understudy.config_objective import ObjectiveConfig
 from understudy.config_rows import MixConfig, PromptsConfig, RowsConfig
-from understudy.config_served import SamplerServerConfig, ServerConfig
+from understudy.config_served import SamplerServerConfig
 from understudy.errors import ConfigError
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
-
-
-class LoraConfig(Section):
-    """Train low-rank adapters instead of all weights (needs the `lora` extra)."""
-
-    rank: int = Field(default=32, ge=1)
-    """Rank of each adapter."""
-    alpha: float = Field(default=32.0, gt=0)
-    """Adapter outputs are scaled by alpha / rank."""
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Module names to adapt; "all-linear" is every linear layer, MLP included, but the LM head; an untied
-    head is adapted where "lm_head" is named."""
-
-
-class StudentConfig(Section):
-    """The model that writes and learns."""
-
-    model: str
-    """Hub id or folder of a causal language model."""
-    dtype: Dtype = "auto"
-    """Weights' precision. auto: float32 (one master copy), or bfloat16 under adapters on a GPU; in `eval`: bfloat16 on
-    a GPU that is fast at it."""
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of matrix products over float32 weights. bfloat16: samples with a copy that every update refreshes,
-    trains under autocast. auto: bfloat16 where the hardware multiplies it, the model is large enough to gain, and a few
-    completions show that sampler and trainer agree; else float32."""
-    device: str = "auto"
-    """auto: cuda, then mps, then cpu."""
-    lora: LoraConfig | None = None
-    """Absent: full fine-tuning."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more training time."""
-
-
-class LoadedConfig(Section):
-    """A model that marks, and how it is loaded."""
-
-    model: str
-    """Hub id or folder of a causal language model with the student's token-to-id map. With a url only its tokenizer is
-    read, and it may be left out: the student's then stands in for it."""
-    dtype: Dtype = "auto"
-    """auto: the student's dtype for a model of the student's shape (an earlier self); else bfloat16 where the hardware
-    is fast at it and its measured error is far below the reverse KL; else float32. In `generate`: bfloat16 on a GPU
-    that is fast at it, else float32."""
-    device: str = "auto"
-    """auto: the student's device."""
-
-
-class TeacherConfig(ServerConfig, LoadedConfig):
-    """The model that marks. It needs only to give log-probabilities of tokens it is handed: in this process, or, with a
-    url, on a server."""
-
-    cache: str | None = None
-    """A file that keeps this teacher's marks, for runs that ask for the same again; several runs may share it."""
-    cache_gib: float = Field(default=10.0, gt=0)
-    """How large the file may grow; what has not been used for longest then goes."""
-    when_away: Literal["stop", "skip"] = "stop"
-    """What a server that is lost (connection.patience_seconds) does: stop the run, its state saved; or leave its rows
-    out of the steps until it is back."""
 
 
 class SamplingConfig(Section):
@@ -114,11 +56,8 @@ class SamplingConfig(Section):
     importance ratios, or leave them out. Both are counted."""
 
 
-class RewardConfig(Section):
+class RewardConfig(GradedConfig):
     """How a completion is graded."""
-
-    grader: str
-    """A grader's name (docs/tasks.md) or "package.module:function"."""
 
 
 class SupervisedConfig(Section):
@@ -146,7 +85,7 @@ class OptimConfig(Section):
     final_fraction: float = Field(default=0.0, ge=0, le=1)
     """What linear and cosine fall towards, as a share of the peak: the rate that a step after the last would have."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay rates."""
+    """AdamW's decay rates: at least 0, below 1."""
     eps: float = Field(default=1e-8, gt=0)
     """AdamW's epsilon."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -159,8 +98,15 @@ class OptimConfig(Section):
     packing: bool = False
     """Put several sequences in one row, kept apart by the attention mask, instead of padding."""
 
+    @field_validator("betas")
+    @classmethod
+    def _rates(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("both at least 0 and below 1")
+        return betas
 
-class EvalTaskConfig(RowsConfig):
+
+class EvalTaskConfig(RowsConfig, GradedConfig):
     """One held-out set of problems."""
 
     name: str = "eval"
@@ -204,7 +150,7 @@ class RunConfig(Section):
     """The run's folder: new or empty, or continued with --resume."""
     seed: int = Field(default=0, ge=0)
     """All randomness of training and `generate` derives from it. Evaluations draw the same numbers whatever it is."""
-    num_threads: int = Field(default=0, ge=0)
+    num_threads: int = Field(default=0, ge=0, le=4096)
     """CPU threads of torch; 0: leave torch's choice. Set 1 per process on shared machines."""
     student: StudentConfig
     teacher: TeacherConfig | None = None
@@ -226,6 +172,8 @@ class RunConfig(Section):
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     rollouts: RolloutsConfig = RolloutsConfig()
     guards: GuardsConfig = GuardsConfig()
+
+    _usable_output_dir = field_validator("output_dir")(usable_path)
 
     @model_validator(mode="before")
     @classmethod
@@ -354,6 +302,13 @@ def _nearest(name: str, model: type[BaseModel]) -> str:
     return f"[{section}] has {', '.join(siblings)}" if siblings and section else "`understudy keys` lists every key"
 
 
+def shown_input(name: str, value: object) -> str:
+    """A refused value as errors show it: cut where it is long, hidden where it may hold a secret."""
+    if name.endswith("api_key_env") or (name.endswith("url") and any(mark in str(value) for mark in "@?#")):
+        return "a value that may hold a secret, not shown"
+    return repr(value) if len(repr(value)) <= 200 else f"{repr(value)[:200]}..."
+
+
 def explain(error: ValidationError, path: str, model: type[BaseModel] = RunConfig) -> ConfigError:
     """What ``error`` found in the file ``path``, as one thing to do about it."""
     # A misspelt key often leaves another one missing: the former is the cause.
@@ -366,7 +321,7 @@ def explain(error: ValidationError, path: str, model: type[BaseModel] = RunConfi
     if first["type"] == "missing":
         description = next((row[3] for row in field_rows(model) if row[0] == name), "")
         return ConfigError(where, got="nothing", expected=description or f"a value for {name}", remedy=f"set {name}")
-    got = repr(first["input"]) if name else first["msg"]
+    got = shown_input(name, first["input"]) if name else first["msg"]
     if first["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", first["msg"])
         near = difflib.get_close_matches(str(first["input"]), choices, n=1, cutoff=0.5)

@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn, Self
 from pydantic import Field, ValidationError
 
 from understudy.checkpoints import checkpoint_path
-from understudy.config import RowsConfig, RunConfig
+from understudy.config import RowsConfig, RunConfig, shown_input
 from understudy.config_base import Section, read_toml, set_dotted, toml_value
 from understudy.errors import ConfigError
 
@@ -379,7 +379,7 @@ def _explain(error: ValidationError, source: str) -> ConfigError:
     if first["type"] == "extra_forbidden":  # only gates come here with keys that nobody has looked at
         remedy = _near(str(first["loc"][-1]), GateConfig.model_fields, "drop it")
         return ConfigError(where, got=f"unknown key {name}", expected="a known key", remedy=remedy)
-    return ConfigError(where, got=repr(first["input"]), expected=first["msg"], remedy=f"change {name}")
+    return ConfigError(where, got=shown_input(name, first["input"]), expected=first["msg"], remedy=f"change {name}")
 
 
 def _refuse_unknown(table: Mapping[str, Any], known: Collection[str], where: str) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from understudy.config_base import Section
+from understudy.config_base import Section, usable_path
 
 
 class RowsConfig(Section):
@@ -43,6 +43,8 @@ class RowsConfig(Section):
     """Put before every row's messages (rows with "messages" only); refused where a row brings a system message."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to the chat template, e.g. {enable_thinking = false}."""
+
+    _usable_path = field_validator("path")(usable_path)
 
     @model_validator(mode="after")
     def _template_holds_the_prompt(self) -> Self:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from understudy.config_base import Section
+from understudy.config_base import Section, usable_path
 
 WEIGHTS_FOLDER = "sampler_weights"  # in output_dir, where sampler.weights_dir names no other
 
@@ -27,13 +27,13 @@ class ConnectionConfig(Section):
 class ServerConfig(Section):
     """Where a server is."""
 
-    url: str | None = Field(default=None, pattern=r"^https?://[^/@]+(/.*)?$")
+    url: str | None = Field(default=None, pattern=r"^https?://[^/@?#]+(/[^@?#]*)?$")
     """E.g. "http://127.0.0.1:8000/v1"."""
     served_model: str | None = None
     """The name the server knows the model by. Absent: the only one it serves."""
     api: Literal["auto", "vllm", "sglang", "understudy"] = "auto"
     """What the server speaks; auto: asked of it."""
-    api_key_env: str | None = None
+    api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=64)
     """The environment variable that holds the API key; the key itself is never written anywhere."""
     connection: ConnectionConfig = ConnectionConfig()
 
@@ -55,3 +55,5 @@ class SamplerServerConfig(ServerConfig):
     cache: Literal["reset", "salt"] = "reset"
     """What keeps keys and values of older weights out (with push = "full"): the prefix cache is cleared with each push,
     or each version has entries of its own, which also holds for caches outside the server."""
+
+    _usable_weights_dir = field_validator("weights_dir")(usable_path)

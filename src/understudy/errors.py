@@ -12,6 +12,8 @@ UnderstudyError
 
 from __future__ import annotations
 
+_LONGEST = 1200  # a part of a message that quotes a file may be as long as the file
+
 
 class UnderstudyError(Exception):
     """Base of every error this package raises on purpose."""
@@ -25,8 +27,10 @@ class ConfigError(UnderstudyError, ValueError):
     exit_code = 2
 
     def __init__(self, where: str, *, got: str, expected: str, remedy: str) -> None:
-        self.where, self.got, self.expected, self.remedy = where, got, expected, remedy
-        super().__init__(f"{where}\n  got:      {got}\n  expected: {expected}\n  remedy:   {remedy}")
+        self.where, self.got, self.expected, self.remedy = map(_cut, (where, got, expected, remedy))
+        super().__init__(
+            f"{self.where}\n  got:      {self.got}\n  expected: {self.expected}\n  remedy:   {self.remedy}"
+        )
 
 
 class RunError(UnderstudyError, RuntimeError):
@@ -61,3 +65,16 @@ class ServerError(RunError):
 
 class ServerUnavailable(ServerError):
     """A server was away, overloaded or silent for longer than patience allows."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line of at most 200 characters; with its kind where the words alone
+    would not say what it is about."""
+    lines = str(error).strip().splitlines()
+    line = "".join(c if c.isprintable() else "?" for c in lines[0]) if lines else ""
+    plain = isinstance(error, OSError | ValueError | RuntimeError) and line
+    return (line if plain else f"{type(error).__name__}: {line}".removesuffix(": "))[:200]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

@@ -15,7 +15,7 @@ from understudy.backends.protocols import Teacher
 from understudy.config import StudentConfig, TeacherConfig
 from understudy.costs import CostLedger, CountedModel, MeteredTeacher
 from understudy.flops import ModelShape, Update, shape_of_config
-from understudy.tokenization import adapter_base
+from understudy.model_files import adapter_base
 
 log = logging.getLogger("understudy")
 
@@ -68,7 +68,7 @@ def metered(
         return MeteredTeacher(teacher, costs, matmul_sizes(teacher.model)[0], role, counted_model(teacher.model))
     shape = None
     if config is not None and config.url is not None and config.model != student.model:
-        shape = _shape_of(config.model)
+        shape = _shape_of(config.model, config.trust_remote_code)
     if shape is None:
         return MeteredTeacher(teacher, costs, 0, role)
     # A server shares prompts or not, as its cache will have it: what was asked for is counted.
@@ -76,9 +76,9 @@ def metered(
     return MeteredTeacher(teacher, costs, shape.active_weights, role, counted)
 
 
-def _shape_of(model: str) -> ModelShape | None:
+def _shape_of(model: str, trust_remote_code: bool) -> ModelShape | None:
     try:
-        config = AutoConfig.from_pretrained(adapter_base(Path(model)) or model)
+        config = AutoConfig.from_pretrained(adapter_base(Path(model)) or model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError):  # a folder with a tokenizer alone will do for a teacher on a server
         log.warning("%s has no configuration: the FLOPs of its marks are not counted", model)
         return None

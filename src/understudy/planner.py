@@ -11,7 +11,6 @@ from typing import Any
 
 from understudy import flops
 from understudy.config_plan import MethodPlan, ModelPlan, PlanConfig, StudentPlan
-from understudy.errors import ConfigError
 from understudy.flops import KNOWN_SHAPES, Flops, ModelShape, Update, adapter_weights, shape_of_config
 
 _ROLES = ("student_sampling", "teacher_sampling", "teacher_scoring", "student_training")
@@ -182,16 +181,17 @@ def _from_transformers(name: str, role: str, warnings: list[str]) -> SizedModel:
     from huggingface_hub.utils import logging
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from understudy.tokenization import adapter_base
+    from understudy.model_files import adapter_base, unreadable
 
     logging.set_verbosity_error()  # no line for each of its attempts: the error below says it once
     base = adapter_base(Path(name)) or name
     try:
-        config = AutoConfig.from_pretrained(base)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"{role} model {name}",
-            got=str(error).strip().splitlines()[0],
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    except Exception as error:  # as in tokenization.load_text
+        raise unreadable(
+            error,
+            name,
+            role,
             expected="a folder with config.json, a hub id that can be reached, or one of "
             f"{', '.join(list(KNOWN_SHAPES)[:3])}, ... ({len(KNOWN_SHAPES)} are known without a network)",
             remedy=f"give a model of the same sizes, e.g. --{role}.model Qwen/Qwen3-8B; or, in a plan, the sizes "
@@ -201,7 +201,7 @@ def _from_transformers(name: str, role: str, warnings: list[str]) -> SizedModel:
     if shape is not None:
         return _sized(name, shape)
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
     parameters = sum(p.numel() for p in model.parameters())

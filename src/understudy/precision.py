@@ -107,7 +107,9 @@ def load_teacher(
     device = student.device if teacher.device == "auto" and student else pick_device(teacher.device)
 
     def load(dtype: torch.dtype, autocast: torch.dtype | None = None) -> LocalTeacher:
-        model = load_model(teacher.model, role=role, dtype=dtype, device=device).requires_grad_(False)
+        trust = teacher.trust_remote_code
+        model = load_model(teacher.model, role=role, dtype=dtype, device=device, trust_remote_code=trust)
+        model.requires_grad_(False)
         return LocalTeacher(
             LanguageModel(model, vocab_size=checked.vocab_size),
             temperature=config.sampling.temperature,
@@ -117,7 +119,7 @@ def load_teacher(
 
     if teacher.dtype != "auto":
         return load(getattr(torch, teacher.dtype)), teacher.dtype
-    shape = meta_shape(teacher.model, role=role)
+    shape = meta_shape(teacher.model, role=role, trust_remote_code=teacher.trust_remote_code)
     if student is not None and shape == student.shape:
         log.info("%s %s has the student's shape: scored as the student is trained", role, teacher.model)
         return load(student.dtype, compute_autocast(config.student)), student.dtype_name

@@ -12,13 +12,15 @@ from typing import Literal
 from understudy.backends.loading import pick_device
 from understudy.checkpoints import jsonl
 from understudy.config import EvalTaskConfig, RowsConfig, RunConfig, SamplingConfig
-from understudy.errors import ConfigError
+from understudy.config_base import ModelConfig
+from understudy.errors import ConfigError, first_line
 from understudy.evaluation import EvalTask
+from understudy.model_files import adapter_base, check_weights
 from understudy.preflight_objective import check_objective
 from understudy.prompts import load_prompts
 from understudy.rows import Row, read_rows
 from understudy.tasks import GRADERS, Grader, load_grader
-from understudy.tokenization import ModelText, adapter_base, check_same_tokens, load_text, resolve_stop_ids
+from understudy.tokenization import ModelText, check_same_tokens, load_text, resolve_stop_ids
 from understudy.types import Prompt
 
 log = logging.getLogger("understudy")
@@ -26,6 +28,8 @@ log = logging.getLogger("understudy")
 Method = Literal["distill", "rl", "sft", "generate", "eval"]
 # Some graders ask another process about each row, at a millisecond and more: silence until then is short enough.
 _QUIET_ROWS = 10_000
+# Of one step, or of one problem: beyond what any run samples, and still a list that fits in memory.
+_MOST_COMPLETIONS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,11 @@ def check_run(config: RunConfig, method: Method, *, grader: Grader | None = None
     """
     check_sections(config, method, brought_grader=grader is not None)
     check_machine(config, method)
+    check_counts(config, method)
     if grader is None and config.reward and method in ("distill", "rl"):
-        grader = load_grader(config.reward.grader)
+        grader = load_grader(config.reward.grader, timeout_seconds=config.reward.grader_timeout_seconds)
     tasks = () if method == "generate" else config.evaluation.tasks
-    graders = [load_grader(task.grader) for task in tasks]
+    graders = [load_grader(task.grader, timeout_seconds=task.grader_timeout_seconds) for task in tasks]
     student, teachers, reference = _texts(config, method)
     stop_ids = resolve_stop_ids(student, teachers, config.sampling.stop_token_ids)
     prompts: Sequence[Prompt] = []
@@ -73,6 +78,8 @@ def check_run(config: RunConfig, method: Method, *, grader: Grader | None = None
     rows = read_rows(config.prompts) if config.prompts and method in ("sft", "generate") else []
     if method == "generate":
         _check_writable(rows)
+    elif config.prompts and config.rollouts.per_step:
+        _check_kept(prompts, config.prompts)
     texts = [student, *teachers.values(), *([reference] if reference else [])]
     vocab_size = min(text.vocab_width for text in texts)
     if method == "distill":
@@ -107,6 +114,37 @@ def check_machine(config: RunConfig, method: Method) -> None:
             expected="peft, for adapters",
             remedy='pip install "understudy[lora]"',
         )
+    for model in models:
+        if getattr(model, "url", None) is None:
+            role = "student" if model is config.student else "reference" if model is config.reference else "teacher"
+            check_weights(model.model, role)
+
+
+def check_counts(config: RunConfig, method: Method) -> None:
+    """Numbers that no machine would come to the end of: lists of that length are made before anything else is."""
+    sampling = config.sampling
+    counts = {"supervised.batch_size": config.supervised.batch_size} if method == "sft" else {}
+    if method in ("distill", "rl"):
+        counts["sampling.groups_per_batch * group_size"] = sampling.groups_per_batch * sampling.group_size
+    if method == "generate":
+        counts["sampling.group_size"] = sampling.group_size
+    counts |= {f"samples of the task {task.name}": task.samples for task in config.evaluation.tasks}
+    for name, count in counts.items():
+        if count > _MOST_COMPLETIONS:
+            raise ConfigError(name, got=str(count), expected=f"at most {_MOST_COMPLETIONS}", remedy="lower it")
+
+
+def _check_kept(prompts: Sequence[Prompt], source: RowsConfig) -> None:
+    """Rollouts are kept with their row's further columns, in JSON."""
+    for prompt in prompts:
+        try:
+            jsonl([prompt.metadata])
+        except (TypeError, ValueError) as error:
+            raise read_rows(source)[prompt.index].error(
+                first_line(error),
+                "columns that JSON can hold: rollouts are kept with them",
+                "leave that column out, or write its values as text; or set rollouts.per_step = 0",
+            ) from None
 
 
 def _check_writable(rows: Sequence[Row]) -> None:
@@ -131,17 +169,21 @@ def _texts(config: RunConfig, method: Method) -> tuple[ModelText, dict[str, Mode
                 expected="a teacher in this process: `generate` writes with its weights",
                 remedy="drop url and name the checkpoint in teacher.model",
             )
-        return load_text(config.teacher.model, "teacher"), {}, None
-    student = load_text(config.student.model, "student")
+        return _text(config.teacher, "teacher"), {}, None
+    student = _text(config.student, "student")
     if method in ("sft", "eval"):
         return student, {}, None
-    teachers = {name: load_text(teacher.model, "teacher") for name, teacher in config.all_teachers.items()}
-    reference = load_text(config.reference.model, "reference") if config.reference else None
+    teachers = {name: _text(teacher, "teacher") for name, teacher in config.all_teachers.items()}
+    reference = _text(config.reference, "reference") if config.reference else None
     for teacher in teachers.values():
         check_same_tokens(student, teacher)
     if reference is not None:
         check_same_tokens(student, reference, role="reference")
     return student, teachers, reference
+
+
+def _text(model: ModelConfig, role: str) -> ModelText:
+    return load_text(model.model, role, trust_remote_code=model.trust_remote_code)
 
 
 def _check_reference(reference: ModelText, student: ModelText, prompts: Sequence[Prompt], config: RunConfig) -> None:

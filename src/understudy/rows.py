@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from understudy.config_rows import RowsConfig
-from understudy.errors import ConfigError
+from understudy.errors import ConfigError, first_line
+from understudy.json_text import check_texts, parsed
 from understudy.tasks.sources import GENERATOR, HUB, asked, converted, hub_dataset, is_function, made_rows, template_of
 
 
@@ -67,7 +68,7 @@ def _records(config: RowsConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, values) as the source has them."""
     path = Path(config.path)
     if is_function(config.path) and not path.is_file():
-        return made_rows(config.path, config.options)
+        return _checked(config.path, made_rows(config.path, config.options))
     if config.options:
         raise ConfigError(
             f"rows {config.path}",
@@ -80,6 +81,25 @@ def _records(config: RowsConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix in (".jsonl", ".json", ".ndjson") or (path.is_file() and path.suffix != ".parquet"):
         return _jsonl(path)
     return _dataset(path, config)
+
+
+def _checked(path: str, rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a program, which may fail, and yield what no file can hold."""
+    where, expected, remedy = (
+        f"rows {path}",
+        "rows with texts for keys and values that can be written",
+        "change what the function yields",
+    )
+    try:
+        for where, values in rows:
+            if not all(isinstance(key, str) for key in values):
+                raise TypeError(f"the keys {list(values)}")
+            check_texts(values)
+            yield where, values
+    except ConfigError:
+        raise
+    except Exception as error:  # a user's function
+        raise ConfigError(where, got=first_line(error), expected=expected, remedy=remedy) from None
 
 
 def _row(where: str, values: Mapping[str, Any], config: RowsConfig) -> dict[str, Any]:
@@ -104,9 +124,12 @@ def _row(where: str, values: Mapping[str, Any], config: RowsConfig) -> dict[str,
 def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """A JSON file: one list of objects, alone or as the only value of an object; or JSON lines by that name."""
     try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        whole = parsed(path.read_bytes(), first=True)
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
         return _jsonl(path)
+    except ValueError as error:
+        remedy = "fix or drop that part of the file"
+        raise ConfigError(f"rows {path}", got=str(error), expected="JSON, UTF-8", remedy=remedy) from None
     if isinstance(whole, dict) and len(whole) == 1:
         [only] = whole.values()
         whole = only if isinstance(only, list) else whole
@@ -123,21 +146,32 @@ def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             expected="a JSONL file, one object per line",
             remedy=f"check the path (working folder: {Path.cwd()})",
         )
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                values = json.loads(line.decode("utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ConfigError(
-                    where,
-                    got=f"{error}",
-                    expected="one JSON object per line, UTF-8",
-                    remedy="fix or delete the line",
-                ) from None
-            yield where, _object(where, values)
+    for number, line in _lines(path):
+        where = f"{path}:{number}"
+        try:
+            values = parsed(line, first=number == 1)
+        except ValueError as error:
+            raise ConfigError(
+                where,
+                got=first_line(error),
+                expected="one JSON object per line, UTF-8",
+                remedy="fix or delete the line",
+            ) from None
+        yield where, _object(where, values)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of those that are not blank."""
+    try:
+        with path.open("rb") as lines:
+            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+    except OSError as error:
+        raise ConfigError(
+            f"rows {path}",
+            got=first_line(error),
+            expected="a file that this process can read",
+            remedy="check the file's permissions and its disk",
+        ) from None
 
 
 def _object(where: str, values: Any) -> dict[str, Any]:
@@ -166,15 +200,16 @@ def _dataset(path: Path, config: RowsConfig) -> Iterator[tuple[str, dict[str, An
             table = datasets.load_dataset("parquet", data_files=str(path), split="train")
         else:
             table = datasets.load_dataset(name, subset, split=split)
-    except (OSError, ValueError) as error:
+        records = [dict(values) for values in islice(table, config.limit)]
+    except Exception as error:  # files that people write, read by libraries that raise whatever comes to them
         raise ConfigError(
             f"rows {config.path}",
-            got=str(error).strip().splitlines()[0],
+            got=first_line(error),
             expected="a readable Parquet file or a hub dataset with this split",
             remedy="check path and split",
         ) from None
-    for number, values in enumerate(table):
-        yield f"{name}[{number}]", dict(values)
+    for number, values in enumerate(records):
+        yield f"{name}[{number}]", values
 
 
 def _renamed(where: str, values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:

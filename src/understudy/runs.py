@@ -29,7 +29,7 @@ from understudy.checkpoints import (
 from understudy.config import RunConfig
 from understudy.config_served import WEIGHTS_FOLDER, ServerConfig
 from understudy.costs import CostLedger
-from understudy.errors import ConfigError
+from understudy.errors import ConfigError, first_line
 from understudy.locking import LOCK_FILE, lock_folder
 from understudy.metrics import MetricsLog, read_metrics
 from understudy.rollout_store import rollouts_path, write_rollouts
@@ -48,6 +48,7 @@ RESUMABLE = (
     "sampling.stale",
     "optim.micro_batch_tokens",
     "optim.num_steps",
+    "reward.grader_timeout_seconds",
     "checkpoints",
     "evaluation",
     "rollouts",
@@ -80,7 +81,7 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(
                 f"output_dir {self.path}",
-                got=str(error),
+                got=first_line(error),
                 expected="a folder that this process can write in",
                 remedy="choose another output_dir",
             ) from None
@@ -181,7 +182,8 @@ class RunFolder:
         changes = {name: getattr(config, name) for name in ("output_dir", *RESUMABLE) if "." not in name}
         for section, key in (name.split(".") for name in RESUMABLE if "." in name):
             part = changes.get(section, getattr(stored, section))
-            changes[section] = part.model_copy(update={key: getattr(getattr(config, section), key)})
+            if part is not None:  # [reward] is, in a run without rewards
+                changes[section] = part.model_copy(update={key: getattr(getattr(config, section), key)})
         for role in ("teacher", "reference", "sampler"):
             changes[role] = _moved(getattr(stored, role), getattr(config, role))
         changes["teachers"] = {name: _moved(old, config.teachers[name]) for name, old in stored.teachers.items()}

@@ -23,7 +23,7 @@ from safetensors.numpy import load, save
 
 from understudy.backends.protocols import Teacher
 from understudy.errors import ConfigError, RunError
-from understudy.tokenization import adapter_base
+from understudy.model_files import adapter_base
 from understudy.types import SampledScores, ScoreKind, Scores, TokenSequence, TopkScores
 
 log = logging.getLogger("understudy")

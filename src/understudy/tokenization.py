@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from understudy.errors import ConfigError
+from understudy.errors import ConfigError, first_line
+from understudy.model_files import ADAPTERS, adapter_base, check_sizes, unreadable
+from understudy.time_limit import TimeIsUp, time_limit
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "*.model", "tekken.json")
+# A template writes a conversation in a millisecond. It is a program, and may also count to a billion.
+TEMPLATE_SECONDS = 5.0
+# What it may write beside the messages: many times any list of tools, and tokenised in seconds.
+_TEMPLATE_CHARACTERS = 1_000_000
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -29,15 +34,32 @@ class ModelText:
     def render(
         self, messages: Messages, *, add_generation_prompt: bool, template_kwargs: Mapping[str, Any]
     ) -> list[int]:
-        """Messages -> token ids by this model's own chat template."""
-        encoded = self.tokenizer.apply_chat_template(
-            list(messages),
-            tokenize=True,
-            add_generation_prompt=add_generation_prompt,
-            return_dict=True,
-            **template_kwargs,
+        """Messages -> token ids by this model's own chat template. Raises ConfigError where it fails at them."""
+        options = {"add_generation_prompt": add_generation_prompt, **template_kwargs}
+        try:
+            # First as text: a tokenizer cannot be interrupted, and must not be handed gigabytes.
+            with time_limit(TEMPLATE_SECONDS):
+                text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+            own = sum(len(str(value)) for message in messages for value in message.values())
+            if len(text) > own + _TEMPLATE_CHARACTERS:
+                raise ValueError(f"{len(text)} characters")
+            encoded = self.tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)
+            ids = list(encoded["input_ids"])
+            if not all(isinstance(token, int) for token in ids):
+                raise TypeError("something else than one list of token ids")
+        except TimeIsUp:
+            raise self._template_failed(f"no end after {TEMPLATE_SECONDS:g} seconds", messages) from None
+        except Exception as error:  # a program that came with the model: it may raise anything
+            raise self._template_failed(first_line(error), messages) from None
+        return ids
+
+    def _template_failed(self, got: str, messages: Messages) -> ConfigError:
+        return ConfigError(
+            f"chat template of {self.name}",
+            got=f"{got}; for the messages {str(list(messages))[:200]!r}",
+            expected="a template that writes these messages",
+            remedy="change the row, chat_template_kwargs, or the template beside the tokenizer (chat_template.jinja)",
         )
-        return list(encoded["input_ids"])
 
     def encode(self, text: str) -> list[int]:
         """Plain text -> token ids, with the begin token where the tokenizer adds one."""
@@ -64,10 +86,8 @@ class ModelText:
         return [self.tokenizer.decode([token]) for token in ids]
 
 
-def load_text(model: str, role: str) -> ModelText:
-    """Read a model's tokenizer and configuration. Raises ConfigError when they are not there."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
+def load_text(model: str, role: str, *, trust_remote_code: bool = False) -> ModelText:
+    """Read a model's tokenizer and configuration. Raises ConfigError when they are not there, or cannot be used."""
     folder = Path(model)
     looks_local = folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1
     if folder.exists() or looks_local:
@@ -75,19 +95,28 @@ def load_text(model: str, role: str) -> ModelText:
         if base is None or (folder / "config.json").exists():
             _check_folder(folder, role)
         else:
-            text = replace(load_text(base, role), name=model)
-            return _with_own_tokenizer(text, folder, role) if _has_tokenizer(folder) else text
+            text = replace(load_text(base, role, trust_remote_code=trust_remote_code), name=model)
+            if not _has_tokenizer(folder):
+                return text
+            return _with_own_tokenizer(text, folder, role, trust_remote_code=trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(model)
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
-        got = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"{role} model {model}",
-            got=got if folder.exists() else f"no such folder; as a hub id: {got}",
+        return _read_text(model, trust_remote_code)
+    except Exception as error:  # files that people write, read by libraries that raise whatever comes to them
+        raise unreadable(
+            error,
+            model,
+            role,
+            note="" if folder.exists() else "no such folder; as a hub id: ",
             expected="a folder written by save_pretrained (model and tokenizer), or a hub id that can be reached",
             remedy="check the path or id; save the tokenizer beside the model with tokenizer.save_pretrained(folder)",
         ) from None
+
+
+def _read_text(model: str, trust_remote_code: bool) -> ModelText:
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     config = config.get_text_config()
     try:
         end = GenerationConfig.from_pretrained(model).eos_token_id
@@ -95,31 +124,33 @@ def load_text(model: str, role: str) -> ModelText:
         end = None
     end = end if end is not None else config.eos_token_id
     end = end if end is not None else tokenizer.eos_token_id
-    end_ids = frozenset() if end is None else frozenset([end] if isinstance(end, int) else end)
+    ends = [] if end is None else list(end) if isinstance(end, list | tuple) else [end]
     context = getattr(config, "max_position_embeddings", None) or 2**31
-    return ModelText(model, tokenizer, tokenizer.get_vocab(), config.vocab_size, end_ids, context)
-
-
-def adapter_base(folder: Path) -> str | None:
-    """The base model an adapter folder (peft) names, or None for an ordinary folder."""
-    path = folder / "adapter_config.json"
-    return json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"] if path.exists() else None
+    for name, values in (
+        ("eos_token_id", ends),
+        ("max_position_embeddings", [context]),
+        ("vocab_size", [config.vocab_size]),
+    ):
+        if not all(type(value) is int and value >= 0 for value in values):
+            raise ValueError(f"{name} = {values}, where whole numbers belong")
+    return ModelText(model, tokenizer, tokenizer.get_vocab(), config.vocab_size, frozenset(ends), context)
 
 
 def _has_tokenizer(folder: Path) -> bool:
     return any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
 
 
-def _with_own_tokenizer(text: ModelText, folder: Path, role: str) -> ModelText:
+def _with_own_tokenizer(text: ModelText, folder: Path, role: str, *, trust_remote_code: bool) -> ModelText:
     """Adapters are often trained with another chat template than their base has, and keep it beside them."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"{role} model {folder}",
-            got=str(error).strip().splitlines()[0],
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except Exception as error:  # as in load_text
+        raise unreadable(
+            error,
+            str(folder),
+            role,
             expected="tokenizer files beside the adapters that transformers loads, or none",
             remedy="remove them to read the base model's tokenizer",
         ) from None
@@ -135,13 +166,15 @@ def _check_folder(folder: Path, role: str) -> None:
             remedy=f"check the path (working folder: {Path.cwd()}); a hub id without an owner, like gpt2, must be "
             "given as openai-community/gpt2",
         )
-    if not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
+    if not (folder / "config.json").exists() and not (folder / ADAPTERS).exists():
         raise ConfigError(
             f"{role} model {folder}",
             got=f"a folder without config.json ({', '.join(sorted(p.name for p in folder.iterdir())[:5]) or 'empty'})",
             expected="a folder written by save_pretrained",
             remedy="point at the folder that holds config.json, for a run: runs/<name>/checkpoints/step_<n>",
         )
+    if (folder / "config.json").exists():
+        check_sizes(folder, role)
     # transformers would make an empty tokenizer of the model's type up.
     if not _has_tokenizer(folder):
         raise ConfigError(

@@ -338,11 +338,13 @@ def api_key_of(config: ServerConfig) -> str | None:
     key = os.environ.get(config.api_key_env, "").strip()
     if not key:
         state = "an empty" if config.api_key_env in os.environ else "no"
+        # Some write the key itself there; variables are written in capitals.
+        name = config.api_key_env if config.api_key_env.isupper() else "<a name that is not shown: it may be a key>"
         raise ConfigError(
-            f"api_key_env = {config.api_key_env!r}",
+            f"api_key_env = {name}",
             got=f"{state} environment variable of that name",
             expected="one that holds the server's API key",
-            remedy=f"export {config.api_key_env}=..., or drop api_key_env for a server without one",
+            remedy=f"export {name}=..., or drop api_key_env for a server without one",
         )
     return key
 
@@ -361,8 +363,8 @@ def server_root(url: str) -> str:
     if not usable or "@" in url or "?" in url or "#" in url:
         raise ConfigError(
             "server url",
-            got="one with a user or password" if "@" in url else repr(url),
-            expected='the address of a server, like "http://127.0.0.1:8000/v1"',
+            got="one with a user or password" if "@" in url else repr(url.partition("?")[0].partition("#")[0]),
+            expected='the address of a server without a query, like "http://127.0.0.1:8000/v1"',
             remedy="correct the url; an API key belongs into an environment variable that api_key_env names",
         )
     return url.rstrip("/").removesuffix("/v1").rstrip("/")

@@ -17,8 +17,8 @@ from understudy.backends.attention import use_matmul_attention
 from understudy.backends.language_model import LanguageModel, shape_of
 from understudy.checkpoints import SUMS_FILE, damage
 from understudy.config import Dtype, LoraConfig, StudentConfig
-from understudy.errors import ConfigError
-from understudy.tokenization import adapter_base
+from understudy.errors import ConfigError, first_line
+from understudy.model_files import adapter_base, check_weights, unreadable
 
 log = logging.getLogger("understudy")
 
@@ -27,11 +27,14 @@ def pick_device(device: str) -> torch.device:
     """Resolve "auto": cuda, then mps, then cpu."""
     if device != "auto":
         try:
-            return torch.empty(0, device=device).device
+            found = torch.empty(0, device=device).device
+            if found.type == "meta":
+                raise RuntimeError("a device that holds no numbers")
+            return found
         except (RuntimeError, AssertionError) as error:  # the latter: a build of torch without CUDA
             raise ConfigError(
                 f"device {device}",
-                got=str(error).strip().splitlines()[0],
+                got=first_line(error),
                 expected="auto, cpu, mps, cuda or cuda:<n>, present on this machine",
                 remedy='use device = "auto"',
             ) from None
@@ -52,36 +55,44 @@ def default_micro_batch_tokens(device: torch.device) -> int:
     return 2048 if device.type == "cpu" else 16384
 
 
-def meta_shape(model: str, *, role: str) -> tuple[int, ...]:
+def meta_shape(model: str, *, role: str, trust_remote_code: bool = False) -> tuple[int, ...]:
     """``LanguageModel.shape`` of a model, from its configuration alone."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with _explained(model, role), torch.device("meta"):
-        config = AutoConfig.from_pretrained(adapter_base(Path(model)) or model)
-        return shape_of(AutoModelForCausalLM.from_config(config))
+        config = AutoConfig.from_pretrained(adapter_base(Path(model)) or model, trust_remote_code=trust_remote_code)
+        return shape_of(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
 
 
 @contextlib.contextmanager
 def _explained(model: str, role: str) -> Iterator[None]:
-    """What transformers raises for a model it cannot load, as ConfigError."""
-    from safetensors import SafetensorError
-
+    """What transformers and peft raise for a model they cannot load, as ConfigError."""
     try:
         yield
     except ConfigError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(
-            f"{role} model {model}",
-            got=str(error).strip().splitlines()[0],
+    except Exception as error:  # files that people write, read by libraries that raise whatever comes to them
+        raise unreadable(
+            error,
+            model,
+            role,
             expected="a causal language model that transformers loads",
             remedy=f'try AutoModelForCausalLM.from_pretrained("{adapter_base(Path(model)) or model}") by hand',
         ) from None
 
 
-def load_model(model: str, *, role: str, dtype: torch.dtype, device: torch.device, verified: bool = False) -> nn.Module:
-    """A causal language model from a hub id, a folder, or an adapter folder merged into its base. Raises ConfigError
-    when it cannot be loaded, or its weights are damaged; ``verified``: the latter has been looked at."""
+def load_model(
+    model: str,
+    *,
+    role: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    verified: bool = False,
+) -> nn.Module:
+    """A causal language model from a hub id, a folder, or an adapter folder merged into its base. Weights are read from
+    safetensors alone. Raises ConfigError when it cannot be loaded, or its weights are damaged; ``verified``: the latter
+    has been looked at."""
     import transformers
     from transformers import AutoModelForCausalLM
 
@@ -89,10 +100,17 @@ def load_model(model: str, *, role: str, dtype: torch.dtype, device: torch.devic
     if not verified:
         _refuse_damaged(Path(model), role)
     base = adapter_base(Path(model))
+    check_weights(model, role)
+    if base is not None:
+        check_weights(base, role)
     with _explained(model, role):
         # pyright does not know that this flag makes it a pair
         loaded, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-            base or model, dtype=dtype, output_loading_info=True
+            base or model,
+            dtype=dtype,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
         )
         if report["missing_keys"]:  # transformers would go on with random weights in their place
             raise ValueError(f"weights without {', '.join(sorted(report['missing_keys'])[:3])}")
@@ -127,12 +145,14 @@ def load_student(
     """The student, adapters attached. ``weights``: a checkpoint's folder to take the weights from instead. ``role``:
     what errors call it. ``seed`` decides new adapters."""
     device = pick_device(config.device)
-    dtype = _student_dtype(config.dtype, device, lora=config.lora is not None)
+    dtype, trust = _student_dtype(config.dtype, device, lora=config.lora is not None), config.trust_remote_code
     if config.lora is None:
         name, resumed = str(weights or config.model), weights is not None
-        model: Any = load_model(name, role=role, dtype=dtype, device=device, verified=resumed)
+        model: Any = load_model(
+            name, role=role, dtype=dtype, device=device, trust_remote_code=trust, verified=resumed
+        )
     else:
-        base = load_model(config.model, role=role, dtype=dtype, device=device)
+        base = load_model(config.model, role=role, dtype=dtype, device=device, trust_remote_code=trust)
         model = _with_adapters(base, config.lora, weights, seed)
     if config.gradient_checkpointing:
         _recompute_layers(model)
@@ -196,7 +216,7 @@ def _with_adapters(base: Any, config: LoraConfig, weights: Path | None, seed: in
         layers = sorted({name.rpartition(".")[2] for name, part in base.named_modules() if isinstance(part, nn.Linear)})
         raise ConfigError(
             "student.lora.target_modules",
-            got=str(error).strip().splitlines()[0],
+            got=first_line(error),
             expected=f'"all-linear", or some of {", ".join(layers)}',
             remedy="drop it, or name layers of this model",
         ) from None

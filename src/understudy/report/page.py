@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +73,15 @@ def write_page(template: str, out: Path, context: Mapping[str, Any]) -> Path:
         trim_blocks=True,
     )
     environment.filters["paragraphs"] = paragraphs
-    html = environment.get_template(template).render(levels=LEVELS, **context)
+    script = environment.get_template("tokens.js").render()
+    # The page's policy allows this one script by its hash: markup that came in with a text could not run any.
+    digest = b64encode(sha256(script.encode()).digest()).decode()
+    html = environment.get_template(template).render(
+        levels=LEVELS, script=Markup(script), script_hash=digest, **context
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(html, encoding="utf-8")
+    # Half of a surrogate pair, which a stored text may hold, has no form in UTF-8.
+    out.write_text(html, encoding="utf-8", errors="xmlcharrefreplace")
     return out
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from markupsafe import Markup
 
@@ -135,7 +136,7 @@ def _phase_row(folder: Path, phase: Row, metrics: Sequence[str]) -> PhaseRow:
     report = f"{phase['folder']}/report.html"
     return PhaseRow(
         f"{phase['folder'].partition('-')[0]} {phase['name']}",
-        report if (folder / report).exists() else "",
+        quote(report) if (folder / report).exists() else "",  # a relative address, whatever a phase is called
         tuple(cells),
         tuple(_gate(one) for one in phase["gates"]),
     )

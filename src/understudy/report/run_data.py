@@ -61,7 +61,7 @@ def read_jsonl(path: Path) -> tuple[list[Row], str]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             broken += 1
             continue
         if isinstance(row, dict):
@@ -113,7 +113,7 @@ def _read_config(path: Path, missing: list[str]) -> Mapping[str, Any]:
         return {}
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         missing.append(f"config.toml: not readable ({error})")
         return {}
 
@@ -125,7 +125,7 @@ def _read_costs(path: Path, missing: list[str]) -> Mapping[str, Row]:
     try:
         roles = json.loads(path.read_text(encoding="utf-8"))["roles"]
         return {str(role): cost for role, cost in roles.items() if isinstance(cost, dict)}
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         missing.append('costs.json: not readable; expected {"roles": {...}}')
         return {}
 

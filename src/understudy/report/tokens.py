@@ -68,7 +68,7 @@ def visible_text(token: str) -> str:
 def _visible_character(character: str) -> str:
     if character in "\n\t":
         return _VISIBLE[character]
-    hidden = unicodedata.category(character) in {"Cc", "Cf", "Zl", "Zp"} and character not in _KEPT_INVISIBLE
+    hidden = unicodedata.category(character) in {"Cc", "Cf", "Cs", "Zl", "Zp"} and character not in _KEPT_INVISIBLE
     return _code_point(character) if hidden else character
 
 

@@ -49,6 +49,7 @@ class ServedModel:
     dtype: Dtype = "auto"
     vocab_size: int | None = None
     max_model_len: int | None = None
+    trust_remote_code: bool = False
 
 
 def serve(model: ServedModel, settings: ServeSettings, *, host: str, port: int, api_key_env: str | None) -> int:
@@ -98,13 +99,16 @@ def serve(model: ServedModel, settings: ServeSettings, *, host: str, port: int, 
 
 
 def _load(model: ServedModel, settings: ServeSettings) -> Engine:
-    text = load_text(model.checkpoint, "teacher")
+    trust = model.trust_remote_code
+    text = load_text(model.checkpoint, "teacher", trust_remote_code=trust)
     context = _context(model, text)
     device = pick_device(model.device)
     half = device.type == "cuda" and fast_bfloat16(device)
     name = ("bfloat16" if half else "float32") if model.dtype == "auto" else model.dtype
     log.info("loading", extra={"fields": {"event": "loading", "model": model.checkpoint, "dtype": name}})
-    loaded = load_model(model.checkpoint, role="teacher", dtype=getattr(torch, name), device=device)
+    loaded = load_model(
+        model.checkpoint, role="teacher", dtype=getattr(torch, name), device=device, trust_remote_code=trust
+    )
     rows = loaded.get_output_embeddings().weight.shape[0]  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
     if model.vocab_size is not None and model.vocab_size > rows:
         raise ConfigError(

@@ -6,13 +6,14 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from understudy.errors import ConfigError
+from understudy.errors import ConfigError, first_line
 from understudy.tasks import bounded
 from understudy.tasks.choice import choice
 from understudy.tasks.grade import Grade, Grader, answer_of, as_grade
 from understudy.tasks.ifeval import ifeval
 from understudy.tasks.imports import imported, nearest, require
 from understudy.tasks.maths import math
+from understudy.tasks.own import own_grader, problem_with
 from understudy.tasks.questions import questions
 from understudy.types import FinishReason, Prompt
 
@@ -81,16 +82,24 @@ GRADERS: Mapping[str, Grader] = MappingProxyType(
 )
 
 
-def load_grader(name: str) -> Grader:
-    """A grader by name, or "package.module:function". Raises ConfigError for one that cannot be found."""
+def load_grader(name: str, *, timeout_seconds: float = 0.0) -> Grader:
+    """A grader by name, or "package.module:function". Raises ConfigError for one that cannot be found.
+
+    ``timeout_seconds``: for each call of a function from outside this package, which then runs in a process of its own
+    (``own_grader``); 0: in this one. A program's own main module is nowhere else, so its functions run here.
+    """
     if name in GRADERS:
         return GRADERS[name]
     if ":" not in name:
         raise _unknown(name, name)
+    if timeout_seconds and name.partition(":")[0].partition(".")[0] not in ("__main__", "understudy"):
+        if problem := problem_with(name):
+            raise _unknown(name, problem)
+        return own_grader(name, timeout_seconds)
     try:
         return imported(name)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:  # ValueError: an empty or odd module name
-        raise _unknown(name, str(error)) from None
+    except Exception as error:  # a user's module, which may raise anything while it is imported
+        raise _unknown(name, first_line(error)) from None
 
 
 def _unknown(name: str, got: str) -> ConfigError:
