@@ -117,8 +117,8 @@ class RunFolder:
                 set_aside(path)
             for folder in (self.path, self.path / "rollouts", self.checkpoints_path):
                 remove_partial(folder)
-        for log in (self.metrics, self.alarms):
-            log.truncate_after(self.first_step if self.checkpoint else -1)
+        for rows in (self.metrics, self.alarms):
+            rows.truncate_after(self.first_step if self.checkpoint else -1)
         rollouts = self.path / "rollouts"
         for path in rollouts.glob("step_*.jsonl") if rollouts.is_dir() else []:
             # Those of the checkpoint's own step are written in the step after it, but for a finished run's last ones.
@@ -276,8 +276,8 @@ class RunFolder:
         """Write a checkpoint with everything a resumed run needs. Its costs are those of the newest row: what a step
         under way has cost since is paid again by the run that goes on. Raises RunError when it cannot be written."""
         extra = {"costs": self._recorded_costs, "method": self.method}
-        for log in (self.metrics, self.alarms):
-            log.flush()  # a checkpoint must not outlive the rows before it
+        for rows in (self.metrics, self.alarms):
+            rows.flush()  # a checkpoint must not outlive the rows before it
         keep = self.config.checkpoints.keep
         return save_checkpoint(self.checkpoints_path, step, trainer, tokenizer, extra, keep=keep)
 

@@ -148,9 +148,7 @@ def load_student(
     dtype, trust = _student_dtype(config.dtype, device, lora=config.lora is not None), config.trust_remote_code
     if config.lora is None:
         name, resumed = str(weights or config.model), weights is not None
-        model: Any = load_model(
-            name, role=role, dtype=dtype, device=device, trust_remote_code=trust, verified=resumed
-        )
+        model: Any = load_model(name, role=role, dtype=dtype, device=device, trust_remote_code=trust, verified=resumed)
     else:
         base = load_model(config.model, role=role, dtype=dtype, device=device, trust_remote_code=trust)
         model = _with_adapters(base, config.lora, weights, seed)

@@ -324,10 +324,6 @@ class LocalTrainer:
         """See ``Trainer.gradient_norm``."""
         return float(torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])) / divisor
 
-    def discard_gradients(self) -> None:
-        """See ``Trainer.discard_gradients``."""
-        self._optimizer.zero_grad(set_to_none=True)
-
     def state_dict(self) -> dict[str, Any]:
         """See ``Trainer.state_dict``."""
         return {"optimizer": self._optimizer.state_dict()}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from understudy.doctor.findings import Check, Found
-from understudy.preflight import check_machine, check_sections
+from understudy.preflight import check_counts, check_machine, check_sections
 
 if TYPE_CHECKING:
     from understudy.doctor.case import Case
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 def sections(case: Case) -> Iterator[Found]:
     """Settings that make sense together."""
     check_sections(case.config, case.method, brought_grader=case.given.grader is not None)
+    check_counts(case.config, case.method)
     yield Found("pass", f"`understudy {case.method}` has what it needs, and nothing that has no effect")
 
 
