@@ -12,7 +12,7 @@ from typing import Literal
 from understudy.backends.loading import pick_device
 from understudy.checkpoints import jsonl
 from understudy.config import EvalTaskConfig, RowsConfig, RunConfig, SamplingConfig
-from understudy.config_base import ModelConfig
+from understudy.config_base import GradedConfig, ModelConfig
 from understudy.errors import ConfigError, first_line
 from understudy.evaluation import EvalTask
 from understudy.model_files import adapter_base, check_weights
@@ -61,9 +61,9 @@ def check_run(config: RunConfig, method: Method, *, grader: Grader | None = None
     check_machine(config, method)
     check_counts(config, method)
     if grader is None and config.reward and method in ("distill", "rl"):
-        grader = load_grader(config.reward.grader, timeout_seconds=config.reward.grader_timeout_seconds)
+        grader = grader_of(config.reward)
     tasks = () if method == "generate" else config.evaluation.tasks
-    graders = [load_grader(task.grader, timeout_seconds=task.grader_timeout_seconds) for task in tasks]
+    graders = [grader_of(task) for task in tasks]
     student, teachers, reference = _texts(config, method)
     stop_ids = resolve_stop_ids(student, teachers, config.sampling.stop_token_ids)
     prompts: Sequence[Prompt] = []
@@ -169,12 +169,12 @@ def _texts(config: RunConfig, method: Method) -> tuple[ModelText, dict[str, Mode
                 expected="a teacher in this process: `generate` writes with its weights",
                 remedy="drop url and name the checkpoint in teacher.model",
             )
-        return _text(config.teacher, "teacher"), {}, None
-    student = _text(config.student, "student")
+        return model_text(config.teacher, "teacher"), {}, None
+    student = model_text(config.student, "student")
     if method in ("sft", "eval"):
         return student, {}, None
-    teachers = {name: _text(teacher, "teacher") for name, teacher in config.all_teachers.items()}
-    reference = _text(config.reference, "reference") if config.reference else None
+    teachers = {name: model_text(teacher, "teacher") for name, teacher in config.all_teachers.items()}
+    reference = model_text(config.reference, "reference") if config.reference else None
     for teacher in teachers.values():
         check_same_tokens(student, teacher)
     if reference is not None:
@@ -182,8 +182,14 @@ def _texts(config: RunConfig, method: Method) -> tuple[ModelText, dict[str, Mode
     return student, teachers, reference
 
 
-def _text(model: ModelConfig, role: str) -> ModelText:
+def model_text(model: ModelConfig, role: str) -> ModelText:
+    """Tokenizer and configuration of a model. Raises ConfigError when they cannot be read."""
     return load_text(model.model, role, trust_remote_code=model.trust_remote_code)
+
+
+def grader_of(config: GradedConfig) -> Grader:
+    """The grader that a section names. Raises ConfigError when it cannot be found."""
+    return load_grader(config.grader, timeout_seconds=config.grader_timeout_seconds)
 
 
 def _check_reference(reference: ModelText, student: ModelText, prompts: Sequence[Prompt], config: RunConfig) -> None:

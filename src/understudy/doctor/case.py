@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 from understudy.config import RunConfig
 from understudy.errors import UnderstudyError
 from understudy.evaluation import EvalTask
-from understudy.preflight import Checked, Method, check_run, eval_task
+from understudy.preflight import Checked, Method, check_run, eval_task, grader_of, model_text
 from understudy.prompts import load_prompts
 from understudy.rows import Row, read_rows
 from understudy.supervised import load_examples, supervised_examples
-from understudy.tasks import load_grader
-from understudy.tokenization import ModelText, load_text, resolve_stop_ids
+from understudy.tokenization import ModelText, resolve_stop_ids
 from understudy.types import Prompt, TrainingExample
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ class Case:
         return self.checked.student if self.checked else self.once("student", self._load_student)
 
     def _load_student(self) -> ModelText:
-        return load_text(self.config.student.model, "student")
+        return model_text(self.config.student, "student")
 
     @property
     def teacher_names(self) -> list[str]:
@@ -77,7 +76,7 @@ class Case:
         """One teacher's tokenizer and configuration."""
         if self.checked:
             return self.checked.teachers[name]
-        return self.once(f"teacher {name}", lambda: load_text(self.config.all_teachers[name].model, "teacher"))
+        return self.once(f"teacher {name}", lambda: model_text(self.config.all_teachers[name], "teacher"))
 
     @property
     def reference(self) -> ModelText | None:
@@ -85,7 +84,7 @@ class Case:
         role = self.config.reference
         if role is None or not self.on_policy:
             return None
-        return self.once("reference", lambda: load_text(role.model, "reference"))
+        return self.once("reference", lambda: model_text(role, "reference"))
 
     @property
     def texts(self) -> dict[str, ModelText]:
@@ -145,7 +144,7 @@ class Case:
 
     def _load_tasks(self) -> Sequence[EvalTask]:
         tasks = self.config.evaluation.tasks
-        return [eval_task(self.config, task, load_grader(task.grader), self.student) for task in tasks]
+        return [eval_task(self.config, task, grader_of(task), self.student) for task in tasks]
 
     def whole(self) -> Checked:
         """Everything that is known before weights are read. Raises ConfigError for whatever cannot work."""

@@ -210,7 +210,9 @@ def _weights_of(case: Case, name: str) -> LocalTeacher | None:
     device = pick_device(role.device)
     if not size or 2 * size > memory_budget(device):
         return None
-    model = load_model(role.model, role="teacher", dtype=torch.float32, device=device).requires_grad_(False)
+    trust = role.trust_remote_code
+    model = load_model(role.model, role="teacher", dtype=torch.float32, device=device, trust_remote_code=trust)
+    model.requires_grad_(False)
     return LocalTeacher(LanguageModel(model, vocab_size=case.whole().vocab_size))
 
 
