@@ -8,7 +8,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	"$$python" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check lint format test test-slow test-gpu test-vllm wheel-test demo demo-assistant clean
+.PHONY: help setup check lint format test test-slow test-gpu test-vllm test-browser wheel-test demo demo-assistant clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,10 @@ $(VLLM)/.stamp: tests/vllm/overrides.txt
 
 test-vllm: $(STAMP) $(VLLM)/.stamp  ## runs on real vLLM servers (installs 2.5 GB into .venv-vllm)
 	UNDERSTUDY_VLLM=$(VLLM)/bin/vllm $(BIN)/pytest -m vllm tests/vllm
+
+# Needs a Chromium (/usr/bin/chromium; none is downloaded), and npm once, for axe-core into the ignored .cache/.
+test-browser: $(STAMP)  ## pages in a headless Chromium: every control, accessibility, hostile texts
+	$(BIN)/pytest -m browser tests/browser
 
 # The whole suite against what users install; the editable install comes back even when a test fails.
 wheel-test: $(STAMP)  ## build the wheel, install it into .venv, run the tests against it

@@ -14,7 +14,8 @@ from markupsafe import Markup
 
 from understudy.report import formatting
 from understudy.report.charts import Series
-from understudy.report.tokens import LEVELS, reverse_kl, token_spans
+from understudy.report.credit_data import reverse_kl
+from understudy.report.tokens import LEVELS, token_spans
 
 Row = Mapping[str, Any]
 
