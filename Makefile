@@ -49,9 +49,6 @@ test-survival: $(STAMP)  ## kill, starve and stop real runs; a part of test-slow
 test-gpu: $(STAMP)  ## tests that need a CUDA device
 	$(BIN)/pytest -m gpu
 
-test-browser: $(STAMP)  ## pages of hostile texts in Chromium, which must be on the path
-	$(BIN)/pytest -m browser tests/browser
-
 # Parquet files are read by a package of the `data` extra, which the development packages leave out.
 test-fuzz: $(STAMP)  ## tens of thousands of broken files; counts go to benchmarks/results/fuzz.json (hours; SEED=7)
 	$(BIN)/pip install --quiet 'datasets>=4.0'
@@ -72,6 +69,10 @@ $(VLLM)/.stamp: tests/vllm/overrides.txt
 
 test-vllm: $(STAMP) $(VLLM)/.stamp  ## runs on real vLLM servers (installs 2.5 GB into .venv-vllm)
 	UNDERSTUDY_VLLM=$(VLLM)/bin/vllm $(BIN)/pytest -m vllm tests/vllm
+
+# Needs a Chromium (/usr/bin/chromium; none is downloaded), and npm once, for axe-core into the ignored .cache/.
+test-browser: $(STAMP)  ## pages in a headless Chromium: every control, accessibility, hostile texts
+	$(BIN)/pytest -m browser tests/browser
 
 # The whole suite against what users install; the editable install comes back even when a test fails.
 wheel-test: $(STAMP)  ## build the wheel, install it into .venv, run the tests against it

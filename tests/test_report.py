@@ -123,8 +123,9 @@ def test_tokens_are_escaped() -> None:
     assert "<script" not in spans
     parsed = parse(spans)
     assert [text for _, text in parsed.tokens][:3] == evil
-    assert json.loads(parsed.data["data-k"])[0] == ["</p><script>'", -0.1]
-    assert json.loads(parsed.data["data-n"]) == {"0": "'><script>"}
+    form = json.loads(parsed.data["data-credit"])
+    assert form["texts"] == [*evil, "</p><script>'"]
+    assert form["notes"] == [{"0": "'><script>"}]
 
 
 def test_tooltip_data_holds_every_number() -> None:
@@ -141,14 +142,13 @@ def test_tooltip_data_holds_every_number() -> None:
         loss_mask=[True, False],
     )
     data = parse(token_spans(rollout, scale=1.0, notes={1: "false step"})).data
-    assert data["data-i"] == "100 101"
-    # Minus log-probabilities in thousandths of a nat.
-    assert data["data-s"] == "500 0"
-    assert data["data-t"] == "1250 NaN"
+    form = json.loads(data["data-credit"])
+    # The numbers themselves: test_score_page.py.
+    assert (form["texts"], form["ids"], form["lengths"]) == (["a", "b", "yes", "no"], [100, 101, 7, 8], [2])
+    assert {"student", "teacher", "trains", "best_count"} <= set(form["columns"])
     # An alternative with probability exp(-20) would print as 0.0 % and is left out.
-    assert json.loads(data["data-k"]) == [["yes", -0.11, "no", -2.3], ["yes", 0.0]]
-    assert json.loads(data["data-n"]) == {"1": "false step"}
-    assert data["data-m"] == "1"
+    assert form["columns"]["best_token"][2] == 3
+    assert form["notes"] == [{"1": "false step"}]
 
 
 def test_notes_underline_their_tokens_and_name_themselves() -> None:

@@ -14,7 +14,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 import understudy
-from understudy import cli_serve, cli_tools
+from understudy import cli_score, cli_serve, cli_tools
 from understudy.cli_arguments import Overrides, Resume, Run, Smoke, load_config, parse_overrides, smoke_config
 from understudy.errors import UnderstudyError
 
@@ -32,6 +32,7 @@ app = App(
 world = App(name="world", help="Small models and tasks built from nothing.")
 app.command(world)
 app.command(cli_serve.serve)
+app.command(cli_score.score)
 for tool in (
     cli_tools.compare,
     cli_tools.cost,

@@ -16,7 +16,8 @@ from markupsafe import Markup
 
 from understudy.report import formatting
 from understudy.report.charts import Series
-from understudy.report.tokens import LEVELS, reverse_kl, token_spans
+from understudy.report.credit_data import reverse_kl
+from understudy.report.tokens import LEVELS, token_spans
 
 Row = Mapping[str, Any]
 
@@ -73,11 +74,12 @@ def write_page(template: str, out: Path, context: Mapping[str, Any]) -> Path:
         trim_blocks=True,
     )
     environment.filters["paragraphs"] = paragraphs
-    script = environment.get_template("tokens.js").render()
-    # The page's policy allows this one script by its hash: markup that came in with a text could not run any.
-    digest = b64encode(sha256(script.encode()).digest()).decode()
+    scripts = {name: environment.get_template(f"{name}.js").render() for name in ("tokens", "credit")}
+    # The page's policy allows these by their hashes: markup that came in with a text could not run any other.
+    hashes = [f"'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'" for script in scripts.values()]
+    allowed = {name: Markup(script) for name, script in scripts.items()}
     html = environment.get_template(template).render(
-        levels=LEVELS, script=Markup(script), script_hash=digest, **context
+        levels=LEVELS, scripts=allowed, script_hashes=Markup(" ".join(hashes)), **context
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     # Half of a surrogate pair, which a stored text may hold, has no form in UTF-8.

@@ -11,9 +11,11 @@ from markupsafe import Markup
 
 from understudy.report import formatting, page
 from understudy.report.charts import Series, line_chart
+from understudy.report.credit_data import reverse_kl, token_texts
 from understudy.report.page import Headline, RolloutGroup, Row
 from understudy.report.run_data import RunData, flatten, load_run
-from understudy.report.tokens import reverse_kl, separators, token_legend, visible_text
+from understudy.report.token_text import align, separators, visible_text
+from understudy.report.tokens import piece_text, token_legend
 
 # Rollouts on the page, and tokens in the table of the worst.
 ROLLOUTS_SHOWN, WORST_SHOWN = 12, 15
@@ -250,14 +252,18 @@ def worst_tokens(rollouts: Sequence[Row], count: int = WORST_SHOWN) -> list[dict
         ),
         key=lambda item: (-item[0], item[1:]),
     )
-    return [_worst_row(rollouts[number], index, value) for value, number, index in ranked[:count]]
+    return [
+        {"place": f"r{number}t{index}"} | _worst_row(rollouts[number], index, value)
+        for value, number, index in ranked[:count]
+    ]
 
 
 def _worst_row(rollout: Row, index: int, value: float) -> dict[str, str]:
-    tokens = [str(token) for token in rollout.get("completion_tokens") or rollout.get("completion_ids") or []]
-    gaps = separators(tokens, str(rollout.get("completion_text") or ""))
+    tokens, text = token_texts(rollout), str(rollout.get("completion_text") or "")
+    gaps, bytes_of = separators(tokens, text), align(tokens, text).pieces
+    shown = [piece_text(bytes_of[i]) if i in bytes_of else visible_text(token) for i, token in enumerate(tokens)]
     # Line breaks would tear the table's row apart; their sign is enough here.
-    pieces = [gap + visible_text(token).rstrip("\n") for gap, token in zip(gaps, tokens, strict=True)]
+    pieces = [gap + own.rstrip("\n") for gap, own in zip(gaps, shown, strict=True)]
     start = max(0, index - CONTEXT_BEFORE)
     topk = rollout.get("teacher_topk")
     choice = "–"
@@ -266,7 +272,7 @@ def _worst_row(rollout: Row, index: int, value: float) -> dict[str, str]:
         choice = f"{visible_text(name).strip()} ({_probability(logprob)})"
     return {
         "before": ("… " if start else "") + "".join(pieces[start:index]) + gaps[index],
-        "token": visible_text(tokens[index]).rstrip("\n"),
+        "token": shown[index].rstrip("\n"),
         "after": "".join(pieces[index + 1 : index + 1 + CONTEXT_AFTER]),
         "reverse_kl": f"{value:.2f}",
         "student": _probability(float(rollout["sampler_logprobs"][index])),

@@ -1,27 +1,110 @@
+// Tokens on a page: reads the blocks that credit_data.py writes, shows one tooltip, moves by keyboard.
 (() => {
   "use strict";
-  const tip = document.getElementById("tip");
-  const cache = new WeakMap();
-  const numbers = (text) => (text ? text.split(" ").map(Number) : []);
-  const logprobs = (text) => numbers(text).map((millinats) => -millinats / 1000);
-  const data = (box) => {
-    if (!cache.has(box)) {
-      const d = box.dataset;
-      cache.set(box, {
-        ids: numbers(d.i), student: logprobs(d.s), teacher: logprobs(d.t), untrained: new Set(numbers(d.m)),
-        alternatives: d.k ? JSON.parse(d.k) : [], notes: d.n ? JSON.parse(d.n) : {},
-      });
-    }
-    return cache.get(box);
+  const TYPES = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, f4: Float32Array };
+  const [INFINITE, UNKNOWN] = [65534, 65535];
+  const CODE_SCALE = 255 / Math.sqrt(-Math.log(5e-4));
+  const GAPS = ["", " ", "\n"];
+  const LEVELS = 8;
+
+  const bytesOf = (text) => {
+    const raw = atob(text);
+    const bytes = new Uint8Array(raw.length);
+    for (let i = 0; i < raw.length; i += 1) bytes[i] = raw.charCodeAt(i);
+    return bytes;
   };
+
+  // One block: numbers of token i of rollout r, and its texts.
+  class Store {
+    constructor(form, bytes) {
+      this.form = form;
+      this.columns = {};
+      for (const [name, [type, start, entries]] of Object.entries(form.columns)) {
+        this.columns[name] = new TYPES[type](bytes.buffer, bytes.byteOffset + start, entries);
+      }
+      this.starts = [0];
+      for (const length of form.lengths) this.starts.push(this.starts.at(-1) + length);
+      this.offsets = {};
+    }
+    static now(form) { return new Store(form, bytesOf(form.bytes)); }
+    static async later(form) {
+      const bytes = bytesOf(form.bytes);
+      form.bytes = "";
+      if (form.packing === "none") return new Store(form, bytes);
+      const unpacked = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+      return new Store(form, new Uint8Array(await new Response(unpacked).arrayBuffer()));
+    }
+    has(name) { return name in this.columns; }
+    nats(name, n) {
+      const column = this.columns[name];
+      if (!column || column[n] === UNKNOWN) return NaN;
+      return column[n] === INFINITE ? Infinity : column[n] / 1000;
+    }
+    // Colours: above 0 is what the teacher, or the objective, holds against the token; entropy has one side only.
+    measure(name, n) {
+      if (name === "reverse_kl") return this.nats("teacher", n) - this.nats("student", n);
+      if (name === "advantage") return this.has("advantage") ? -this.columns.advantage[n] : NaN;
+      if (name === "teacher_probability") return this.nats("teacher", n);
+      if (name === "ratio") return this.nats("trainer", n) - this.nats("student", n);
+      return this.nats("entropy", n);
+    }
+    text(r, i) { return this.form.texts[this.columns.token[this.starts[r] + i]]; }
+    gap(r, i) { return this.has("gap") ? GAPS[this.columns.gap[this.starts[r] + i]] : ""; }
+    piece(r, i) { return this.form.pieces ? this.form.pieces[r][i] : undefined; }
+    shown(r, i) {
+      const piece = this.piece(r, i);
+      if (piece) return (piece[1] === 1 ? piece[0] : "") + `⟨${piece[1]}/${piece[2]}⟩`;
+      return this.shownText(this.columns.token[this.starts[r] + i]);
+    }
+    shownText(index) { return this.form.shown[index] ?? this.form.texts[index]; }
+    // What token i adds to the text: nothing where the text leaves it out.
+    plain(r, i) {
+      if (this.form.left_out && this.form.left_out[r].includes(i)) return "";
+      const piece = this.piece(r, i);
+      return this.gap(r, i) + (piece ? (piece[1] === 1 ? piece[0] : "") : this.text(r, i));
+    }
+    note(r, i) { return this.form.notes ? this.form.notes[r][i] : undefined; }
+    trains(r, i) { return !this.has("trains") || this.columns.trains[this.starts[r] + i] === 1; }
+    // Alternatives: {index, id, text, logprob}, best first. `name`: "best", the teacher's, or "own", the student's.
+    alternatives(name, r, i) {
+      if (!this.has(`${name}_count`)) return [];
+      const counts = this.columns[`${name}_count`];
+      if (!this.offsets[name]) {
+        const offsets = new Uint32Array(counts.length + 1);
+        for (let n = 0; n < counts.length; n += 1) offsets[n + 1] = offsets[n] + counts[n];
+        this.offsets[name] = offsets;
+      }
+      const n = this.starts[r] + i;
+      const found = [];
+      for (let k = this.offsets[name][n]; k < this.offsets[name][n + 1]; k += 1) {
+        const index = this.columns[`${name}_token`][k];
+        let logprob = -((this.columns[`${name}_code`][k] / CODE_SCALE) ** 2);
+        // The written token's own probability is known better than by a byte.
+        const exact = this.nats(name === "best" ? "teacher" : "student", n);
+        if (index === this.columns.token[n] && !Number.isNaN(exact)) logprob = -exact;
+        found.push({ index, id: this.form.ids[index], text: this.form.texts[index], logprob });
+      }
+      return found;
+    }
+  }
+
+  const boxes = new WeakMap();
+  const placeOf = (box) => {
+    if (!boxes.has(box) && box.dataset.credit) {
+      boxes.set(box, { store: Store.now(JSON.parse(box.dataset.credit)), rollout: 0 });
+    }
+    return boxes.get(box);
+  };
+
   const nats = (value) => {
     if (!Number.isFinite(value)) return value > 0 ? "+∞" : "−∞";
     return value.toFixed(3).replace("-", "−");
   };
   const signed = (value) => (value > 0 && Number.isFinite(value) ? "+" : "") + nats(value);
-  const probability = (logprob) => {
+  const probability = (logprob, digits = 1) => {
     const p = 100 * Math.exp(logprob);
-    return (p >= 0.1 || p === 0 ? p.toFixed(1) : p.toExponential(1)) + " %";
+    if (p !== 0 && p < 0.1) return p.toExponential(1) + " %";
+    return (digits || p < 10 ? p.toFixed(1) : p.toFixed(0)) + " %";
   };
   const element = (name, text, css) => {
     const node = document.createElement(name);
@@ -32,31 +115,57 @@
   const row = (...cells) => {
     const node = document.createElement("tr");
     node.append(...cells.map((cell) => element("td", cell)));
+    node.firstChild.dir = "auto";
     return node;
   };
-  const known = (value) => value !== undefined && !Number.isNaN(value);
+  const table = (rows) => {
+    const node = document.createElement("table");
+    node.append(...rows);
+    return node;
+  };
+
+  const tip = document.getElementById("tip");
+  const numbers = (store, n) => {
+    const rows = [];
+    for (const [name, column] of [["student", "student"], ["teacher", "teacher"], ["student, as trained", "trainer"]]) {
+      const value = store.nats(column, n);
+      if (!Number.isNaN(value)) rows.push(row(name, probability(-value), nats(-value)));
+    }
+    const kl = store.measure("reverse_kl", n);
+    if (!Number.isNaN(kl)) rows.push(row("reverse KL", "", `${signed(kl)} nats`));
+    const ratio = store.measure("ratio", n);
+    if (!Number.isNaN(ratio)) rows.push(row("importance ratio", "", Math.exp(-ratio).toPrecision(4)));
+    const advantage = store.measure("advantage", n);
+    if (!Number.isNaN(advantage)) rows.push(row("advantage", "", signed(-advantage)));
+    for (const [name, column] of [["entropy, student", "entropy"], ["entropy, teacher", "teacher_entropy"]]) {
+      const value = store.nats(column, n);
+      if (!Number.isNaN(value)) rows.push(row(name, "", `${nats(value)} nats`));
+    }
+    return table(rows);
+  };
   const fill = (token) => {
     const box = token.parentNode;
+    const { store, rollout } = placeOf(box);
     const index = Array.prototype.indexOf.call(box.children, token);
-    const d = data(box);
-    const [s, t] = [d.student[index], d.teacher[index]];
-    tip.replaceChildren(element("div", token.textContent.replace(/\n$/, ""), "name"));
-    const place = `token ${index + 1} of ${box.children.length}` + (d.ids.length > index ? `, id ${d.ids[index]}` : "");
-    tip.append(element("div", place, "dim"));
-    const table = document.createElement("table");
-    if (known(s)) table.append(row("student", probability(s), nats(s)));
-    if (known(t)) table.append(row("teacher", probability(t), nats(t)));
-    if (known(s) && known(t)) table.append(row("reverse KL", "", signed(s - t) + " nats"));
-    tip.append(table);
-    const best = d.alternatives[index] || [];
-    if (best.length) {
-      tip.append(element("div", "the teacher's choices", "dim"));
-      const list = document.createElement("table");
-      for (let i = 0; i < best.length; i += 2) list.append(row(best[i], probability(best[i + 1])));
-      tip.append(list);
+    const n = store.starts[rollout] + index;
+    const name = element("div", store.shown(rollout, index).replace(/\n$/, ""), "name");
+    name.dir = "auto";
+    const id = store.form.ids[store.columns.token[n]];
+    const place = `token ${index + 1} of ${store.form.lengths[rollout]}, position ${index}`;
+    tip.replaceChildren(name, element("div", place + (id === null ? "" : `, id ${id}`), "dim"));
+    const piece = store.piece(rollout, index);
+    if (piece) tip.append(element("div", `bytes ${piece[1]} of ${piece[2]} of ${piece[0]}`, "dim"));
+    tip.append(numbers(store, n));
+    for (const [who, words] of [["best", "the teacher would have said"], ["own", "the student's own choices"]]) {
+      const found = store.alternatives(who, rollout, index);
+      if (!found.length) continue;
+      tip.append(element("div", words, "dim"));
+      const texts = found.map((one) => store.shownText(one.index).replace(/\n$/, ""));
+      tip.append(table(found.map((one, k) => row(texts[k], probability(one.logprob, 0)))));
     }
-    if (d.notes[index]) tip.append(element("div", d.notes[index]));
-    if (d.untrained.has(index)) tip.append(element("div", "does not train", "dim"));
+    const note = store.note(rollout, index);
+    if (note) tip.append(element("div", note));
+    if (!store.trains(rollout, index)) tip.append(element("div", "does not train", "dim"));
   };
   const show = (token) => {
     fill(token);
@@ -76,6 +185,8 @@
     token.tabIndex = 0;
     token.focus();
   };
+  const RIGHT_TO_LEFT = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/;
+
   document.addEventListener("pointerover", (event) => {
     const token = tokenOf(event.target);
     if (token) show(token); else hide();
@@ -101,28 +212,36 @@
     const token = tokenOf(event.target);
     if (!token || event.ctrlKey || event.altKey || event.metaKey) return;
     const box = token.parentNode;
+    let [left, right] = [token.previousElementSibling, token.nextElementSibling];
+    if (RIGHT_TO_LEFT.test(token.textContent)) [left, right] = [right, left];
     const next = {
-      ArrowRight: token.nextElementSibling, ArrowDown: token.nextElementSibling,
-      ArrowLeft: token.previousElementSibling, ArrowUp: token.previousElementSibling,
+      ArrowRight: right, ArrowLeft: left, ArrowDown: token.nextElementSibling, ArrowUp: token.previousElementSibling,
       Home: box.firstElementChild, End: box.lastElementChild,
     }[event.key];
     if (!next) return;
     event.preventDefault();
     focus(next);
   });
+
+  const copy = async (text, button) => {
+    const words = button.textContent;
+    try {
+      await navigator.clipboard.writeText(text);
+    } catch {
+      // No clipboard on this page: the older way, from a field of its own.
+      const field = element("textarea", text);
+      document.body.append(field);
+      field.select();
+      document.execCommand("copy");
+      field.remove();
+    }
+    button.textContent = "Copied";
+    setTimeout(() => { button.textContent = words; }, 1500);
+  };
   for (const button of document.querySelectorAll(".command button")) {
     button.hidden = false;
-    button.addEventListener("click", async () => {
-      const code = button.parentNode.querySelector("code");
-      try {
-        await navigator.clipboard.writeText(code.textContent);
-        button.textContent = "Copied";
-      } catch {
-        // No clipboard on this page: select the text, so that the usual keys copy it.
-        getSelection().selectAllChildren(code);
-        button.textContent = "Selected";
-      }
-      setTimeout(() => { button.textContent = "Copy"; }, 1500);
-    });
+    button.addEventListener("click", () => copy(button.parentNode.querySelector("code").textContent, button));
   }
+
+  window.understudy = { Store, LEVELS, boxes, copy, element, focus, nats };
 })();

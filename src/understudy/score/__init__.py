@@ -1,0 +1,1 @@
+"""`understudy score`: rollouts from a run, a file or another toolkit's dump, marked where marks are missing."""

@@ -1,0 +1,197 @@
+"""Where rollouts to look at come from: a run's step, or a file of any known form. Every error names the place."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from understudy.errors import ConfigError
+from understudy.rollout_store import read_rollouts, rollouts_path
+from understudy.score.dumps import read_object
+
+Record = dict[str, Any]
+
+# Lists with one entry per completion token.
+PER_TOKEN = (
+    "completion_tokens",
+    "sampler_logprobs",
+    "trainer_logprobs",
+    "teacher_logprobs",
+    "advantages",
+    "loss_mask",
+    "student_entropy",
+    "teacher_entropy",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Records, and words for where they are from."""
+
+    name: str
+    records: Sequence[Record]
+    step: int | None = None
+
+
+def read_source(place: str, *, step: int | None = None, form: str | None = None) -> Source:
+    """``runs/x`` (its last stored step, or ``step``), ``runs/x@40``, or a file.
+
+    Raises:
+        ConfigError: no such run, step or file, or what a file holds cannot be read.
+    """
+    folder, _, asked = place.rpartition("@")
+    if folder and asked.isdigit() and not Path(place).exists():
+        if step is not None:
+            raise ConfigError(
+                f"--step {step}",
+                got=f"a step beside {place}, which names one",
+                expected="one of the two",
+                remedy=f"understudy score {folder} --step {asked}",
+            )
+        return _of_run(Path(folder), int(asked))
+    path = Path(place)
+    if path.is_dir():
+        return _of_run(path, step)
+    if step is not None:
+        raise ConfigError(
+            f"--step {step}", got=f"{place}, a file", expected="a run's folder", remedy="drop --step, or name a run"
+        )
+    return Source(path.name, read_file(path, form=form))
+
+
+def stored_steps(run: Path) -> list[int]:
+    """The steps whose rollouts a run keeps, ascending."""
+    names = (re.fullmatch(r"step_(\d+)\.jsonl", path.name) for path in (run / "rollouts").glob("*.jsonl"))
+    return sorted(int(match[1]) for match in names if match)
+
+
+def _of_run(run: Path, step: int | None) -> Source:
+    steps = stored_steps(run)
+    if not steps or (step is not None and step not in steps):
+        raise ConfigError(
+            f"run {run}" if not steps else f"run {run}, step {step}",
+            got="no such folder" if not run.is_dir() else "no rollouts/" if not steps else "no rollouts of that step",
+            expected=f"one of the steps {', '.join(map(str, steps))}" if steps else "a run with stored rollouts",
+            remedy="set rollouts.every and rollouts.per_step in the run's file" if not steps else f"--step {steps[-1]}",
+        )
+    chosen = steps[-1] if step is None else step
+    path = rollouts_path(run / "rollouts", chosen)
+    try:
+        records = read_rollouts(path)
+    except ValueError as error:  # a broken line, or another version of the schema
+        raise ConfigError(
+            f"run {run}, step {chosen}",
+            got=str(error),
+            expected="rollouts that this version of understudy has written",
+            remedy="choose another step, or make the run again",
+        ) from None
+    return Source(f"{run.resolve().name}, step {chosen}", records, chosen)
+
+
+def read_file(path: Path, *, form: str | None = None) -> list[Record]:
+    """The records of a file: .jsonl, .json (an object or a list of them), or .pt (slime and miles).
+
+    Raises:
+        ConfigError: no file, nothing in it, or something that cannot be read, with its line.
+    """
+    records = [
+        _checked(record, where)
+        for where, values in _objects(path)
+        for record in read_object(values, form=form, where=where)
+    ]
+    if not records:
+        raise ConfigError(f"{path}", got="no rollouts", expected="at least one", remedy="check how it was written")
+    for number, record in enumerate(records):
+        record.setdefault("prompt_index", number)
+    return records
+
+
+def _objects(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if not path.is_file():
+        raise ConfigError(
+            f"{path}",
+            got="no such file or folder",
+            expected="a run's output_dir, or a file of rollouts",
+            remedy=f"check the path (working folder: {Path.cwd()})",
+        )
+    if path.suffix in (".pt", ".pth"):
+        yield str(path), _tensors(path)
+        return
+    if path.suffix == ".json":
+        whole = _json(path.read_text(encoding="utf-8"), str(path))
+        several = whole if isinstance(whole, list) else [whole]
+        yield from ((f"{path}[{number}]", _object(own, f"{path}[{number}]")) for number, own in enumerate(several))
+        return
+    # Not splitlines, which also splits at the line separators of Unicode that texts may hold.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if line.strip():
+            where = f"{path}:{number}"
+            yield where, _object(_json(line, where), where)
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            where, got=str(error), expected="JSON: an object per line, or one file", remedy="fix or delete it"
+        ) from None
+
+
+def _object(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(where, got=f"a {type(value).__name__}", expected="a JSON object", remedy="fix or delete it")
+    return value
+
+
+def _tensors(path: Path) -> Mapping[str, Any]:
+    """A file of torch.save with nothing in it but tensors, numbers and texts: a pickle of more could run code."""
+    import torch
+
+    try:
+        return _plain(torch.load(path, map_location="cpu", weights_only=True))
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ConfigError(
+            f"{path}",
+            got=str(error).strip().splitlines()[0],
+            expected="tensors, numbers, texts, lists and dicts only: more could run code while it is read",
+            remedy="write it anew with its arrays as lists, or as JSON",
+        ) from None
+
+
+def _plain(value: Any) -> Any:
+    """Tensors as lists, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _plain(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(own) for own in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _checked(record: Record, where: str) -> Record:
+    """Raise ConfigError for a record whose lists do not fit its tokens, or that has neither tokens nor text."""
+    tokens = (
+        record.get("completion_ids") if record.get("completion_ids") is not None else record.get("completion_tokens")
+    )
+    if tokens is None and not record.get("completion_text"):
+        raise ConfigError(
+            where,
+            got=f"a record with {', '.join(sorted(record)) or 'nothing'}",
+            expected='"completion_ids", "completion_tokens" or "completion_text"',
+            remedy="docs/credit.md describes the plain form",
+        )
+    for name in PER_TOKEN:
+        values = record.get(name)
+        if values is not None and tokens is not None and len(values) != len(tokens):
+            raise ConfigError(
+                where,
+                got=f"{len(values)} {name} for {len(tokens)} tokens",
+                expected="one per completion token",
+                remedy="leave the prompt's and the padding's out",
+            )
+    return record

@@ -1,0 +1,85 @@
+"""Pages in Debian's Chromium, headless. `make test-browser` runs them; nothing is fetched from the network."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pages import rollout
+
+from understudy.report.credit_page import CreditUnit, write_credit_page
+
+CHROMIUM = "/usr/bin/chromium"
+SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in Path(item.fspath).parents:
+            item.add_marker(pytest.mark.browser)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Callable[..., Any]]:
+    """``visit(path, "#r1")`` opens a page that is ready; whatever it asks of the network, or complains of, fails."""
+    contexts, complaints = [], []
+
+    def open_page(path: Path, fragment: str = "", *, scheme: str = "light", size: str = "desktop") -> Any:
+        width, height = SIZES[size]
+        context = browser.new_context(
+            color_scheme=scheme, viewport={"width": width, "height": height}, accept_downloads=True, offline=True
+        )
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.on("dialog", lambda dialog: (complaints.append(f"dialog {dialog.message}"), dialog.dismiss()))
+        page.on("request", lambda request: complaints.append(request.url) if "file:" not in request.url[:5] else None)
+        page.goto(f"file://{path}{fragment}")
+        page.wait_for_selector("html[data-ready]", timeout=60_000)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert [text for text in complaints if not text.startswith("blob:")] == []
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Path:
+    """Three rollouts: r0 of three tokens, r1 cut and wrong, r2 short and without a reward."""
+    rollouts = [
+        rollout(0, ["The", " sum", " is", " 4"]),
+        rollout(1, ["I", " guess", " it", " is", " 5", "\n"], finish_reason="length", reward=0.0),
+        rollout(2, ["No", "."], reward=None, teacher_logprobs=[-0.75, -0.25]),
+    ]
+    return write_credit_page([CreditUnit((one,)) for one in rollouts], tmp_path / "three.html", title="Three")
+
+
+@pytest.fixture(scope="session")
+def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A thousand rollouts of 256 tokens, with random numbers in every column but the alternatives."""
+    draw = random.Random(0)
+    words = [f" w{i}" for i in range(2000)]
+    units = []
+    for number in range(1000):
+        tokens = [words[min(1999, int(draw.paretovariate(0.8)))] for _ in range(256)]
+        teacher = [-draw.expovariate(1.0) for _ in tokens]
+        units.append(
+            CreditUnit((rollout(number, tokens, teacher_logprobs=teacher, teacher_topk=None, student_topk=None),))
+        )
+    return write_credit_page(units, tmp_path_factory.mktemp("thousand") / "page.html", title="Thousand")

@@ -1,0 +1,266 @@
+"""Token credit in its packed form and on its page: every number comes back, and the page stays small."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import random
+import re
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from understudy.report.credit_data import (
+    INFINITE,
+    MIN_ALTERNATIVE_LOGPROB,
+    UNKNOWN,
+    alternative_code,
+    alternative_logprob,
+    json_script,
+    pack,
+    reverse_kl,
+)
+from understudy.report.credit_page import CreditUnit, counted, pair_units, position_curve, write_credit_page
+from understudy.report.token_text import BytePiece, align, visible_text
+
+
+def rollout(tokens: list[str], **changes: Any) -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "prompt_index": 3,
+        "sample_index": 0,
+        "task": "sums",
+        "prompt_text": "2 + 2?",
+        "completion_text": "".join(tokens),
+        "completion_ids": list(range(10, 10 + len(tokens))),
+        "completion_tokens": tokens,
+        "finish_reason": "stop",
+        "reward": 1.0,
+        "sampler_logprobs": [-0.5] * len(tokens),
+        "teacher_logprobs": [-0.5 - t for t in range(len(tokens))],
+    }
+    return made | changes
+
+
+def columns(form: dict[str, Any]) -> dict[str, list[Any]]:
+    """What a page's script reads."""
+    whole = base64.b64decode(form["bytes"])
+    whole = zlib.decompress(whole) if form["packing"] == "deflate" else whole
+    kinds = {"u1": "<u1", "u2": "<u2", "u4": "<u4", "f4": "<f4"}
+    return {
+        name: np.frombuffer(whole, dtype=kinds[kind], count=entries, offset=start).tolist()
+        for name, (kind, start, entries) in form["columns"].items()
+    }
+
+
+# The packed form
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_every_number_comes_back(compress: bool) -> None:
+    topk = {
+        "ids": [[11, 12], [12, 13]],
+        "tokens": [["b", "c"], ["c", "d"]],
+        "logprobs": [[-0.5, -1.5], [-0.01, -20.0]],
+    }
+    one = rollout(
+        ["a", "b"],
+        sampler_logprobs=[-0.1234, -99.0],
+        teacher_logprobs=[None, -math.inf],
+        advantages=[0.25, -3.0],
+        loss_mask=[True, False],
+        student_entropy=[0.0, 1.5],
+        teacher_topk=topk,
+    )
+    form = pack([one, rollout(["b"], completion_ids=[11])], notes=[{1: "odd", 7: "beyond"}, {}], compress=compress)
+    found = columns(form)
+    assert (form["texts"], form["ids"]) == (["a", "b", "c"], [10, 11, 12])
+    assert [form["texts"][i] for i in found["token"]] == ["a", "b", "b"]
+    assert [form["ids"][i] for i in found["token"]] == [10, 11, 11]
+    assert found["student"] == [123, 65533, 500]  # thousandths of a nat, at most 65.533
+    assert found["teacher"] == [UNKNOWN, INFINITE, 500]
+    assert found["advantage"][:2] == [0.25, -3.0]
+    assert math.isnan(found["advantage"][2])
+    assert found["trains"] == [1, 0, 1]
+    assert found["entropy"] == [0, 1500, UNKNOWN]
+    assert found["best_count"] == [2, 1, 0]  # exp(-20) is not worth a line
+    assert [form["texts"][i] for i in found["best_token"]] == ["b", "c", "c"]
+    assert [alternative_logprob(code) for code in found["best_code"]] == pytest.approx([-0.5, -1.5, -0.01], abs=0.02)
+    assert "own_count" not in found
+    assert (form["lengths"], form["notes"]) == ([2, 1], [{"1": "odd"}, {}])
+
+
+def test_alternatives_are_exact_to_a_percent_and_the_unlikely_to_three() -> None:
+    for thousandths in range(1, 1000):
+        probability = thousandths / 1000
+        found = math.exp(alternative_logprob(alternative_code(math.log(probability))))
+        assert found == pytest.approx(probability, rel=0.01 if probability >= 0.5 else 0.03)
+    assert alternative_logprob(alternative_code(MIN_ALTERNATIVE_LOGPROB)) == pytest.approx(math.log(5e-4))
+
+
+def test_wide_columns_start_at_multiples_of_their_width() -> None:
+    """A browser's typed arrays refuse anything else."""
+    form = pack([rollout(["a", "b", "c"], advantages=[1.0, 2.0, 3.0], loss_mask=[True, True, False])], compress=False)
+    assert {kind for kind, _, _ in form["columns"].values()} == {"f4", "u2", "u1"}
+    assert all(start % int(kind[1]) == 0 for kind, start, _ in form["columns"].values())
+
+
+def test_tokens_beyond_two_bytes() -> None:
+    tokens = [f"t{i}" for i in range(70_000)]
+    form = pack([rollout(tokens, sampler_logprobs=None, teacher_logprobs=None)])
+    assert form["columns"]["token"][0] == "u4"
+    assert columns(form)["token"][-1] == 69_999
+
+
+def test_no_text_can_end_its_block() -> None:
+    evil = ["</script><script>alert(1)</script>", "<!--", "\u2028", "\ud800"]
+    block = str(json_script("x", pack([rollout(evil)])))
+    assert block.count("<") == 2  # its own tags
+    content = json.loads(block[block.index(">") + 1 : block.rindex("<")])
+    assert content["texts"] == evil
+
+
+# Texts
+
+
+def test_single_bytes_find_their_characters() -> None:
+    """As a byte-level tokenizer writes 🙂 in two tokens behind a space, and é in two."""
+    found = align(["a", " \ufffd", "\ufffd", "b", "\ufffd", "\ufffd", "<end>"], "a 🙂bé")
+    assert found.pieces == {
+        1: BytePiece("🙂", 1, 2),
+        2: BytePiece("🙂", 2, 2),
+        4: BytePiece("é", 1, 2),
+        5: BytePiece("é", 2, 2),
+    }
+    assert found.left_out == (6,)
+
+
+def test_a_real_replacement_character_is_itself() -> None:
+    assert align(["a", "\ufffd", "b"], "a\ufffdb").pieces == {}
+
+
+def test_bytes_that_are_no_character_stay_as_they_are() -> None:
+    """A completion cut within a character decodes to U+FFFD itself."""
+    assert align(["a", "\ufffd", "\ufffd"], "a\ufffd").pieces.get(1) is None
+
+
+def test_tokenizers_that_drop_spaces_and_texts_that_are_missing() -> None:
+    assert align(["a", "b", "<eos>"], "a b").left_out == (2,)
+    assert align(["a", "b"], "") == align([], "")
+    assert visible_text("\ud800") == "⟨U+D800⟩"
+
+
+def test_every_emoji_of_a_byte_level_tokenizer_is_found() -> None:
+    from user import bpe_tokenizer
+
+    tokenizer = bpe_tokenizer()
+    text = "sum: 🙂 שלום, 你好 👩‍👩‍👧 é."
+    ids = tokenizer(text)["input_ids"]
+    tokens = [tokenizer.decode([i]) for i in ids]
+    found = align(tokens, text)
+    assert found.left_out == ()
+    read = [found.pieces[i].characters if i in found.pieces else token for i, token in enumerate(tokens)]
+    firsts = [i for i in range(len(tokens)) if i not in found.pieces or found.pieces[i].part == 1]
+    spaces = [tokens[i].partition("\ufffd")[0] if i in found.pieces else "" for i in range(len(tokens))]
+    assert "".join(spaces[i] + read[i] for i in firsts) == text
+
+
+# The page
+
+
+def block(html: str, identity: str) -> Any:
+    found = re.search(rf'<script type="application/json" id="{identity}">(.*?)</script>', html, re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])
+
+
+def test_the_page_holds_rollouts_forks_and_the_curve(tmp_path: Path) -> None:
+    cut = rollout(["x"], finish_reason="length", reward=None, teacher_logprobs=None, prompt_index=4)
+    units = [CreditUnit((rollout(["a", "b", "c"]),)), CreditUnit((cut,))]
+    path = write_credit_page(units, tmp_path / "page.html", title="A <title>", facts=["One fact."])
+    html = path.read_text(encoding="utf-8")
+    assert "A &lt;title&gt;" in html
+    assert "One fact." in html
+    content = block(html, "rollouts")
+    assert content["prompts"] == ["2 + 2?"]
+    first, second = content["rollouts"]
+    assert (first["kl"], first["reward"], first["finish"], first["prompt"]) == (1.0, 1.0, "stop", 0)
+    assert (second["kl"], second["reward"], second["finish"]) == (None, None, "length")
+    assert first["record"] == {"prompt_index": 3, "sample_index": 0, "task": "sums"}
+    # Reverse KL 0, 1, 2: the last token forks most.
+    assert re.findall(r'<a href="#(r\dt\d)">', html) == ["r0t2", "r0t1"]
+    assert "Mean reverse KL by position" in html
+    assert not re.search(r"<(link|img|iframe)\b|@import|url\(|<script src|https?://(?!www\.w3\.org)", html)
+
+
+def test_the_curve_is_the_mean_at_each_position() -> None:
+    curve = position_curve([[1.0, 3.0, None], [2.0, math.inf], [3.0]], "all")
+    assert curve.points == [(0.0, 2.0), (1.0, 3.0)]
+    assert curve.errors == [pytest.approx(1 / math.sqrt(3)), None]
+
+
+def test_pairs_answer_the_same_prompts_and_name_where_they_part() -> None:
+    before = [rollout(["a", "b"], prompt_index=i) for i in range(3)]
+    after = [
+        rollout(["a", "b", "c"], prompt_index=2),
+        rollout(["a", "x"], prompt_index=0, completion_ids=[10, 99]),
+        rollout(["a", "b"], prompt_index=1, prompt_text="another"),
+    ]
+    units = pair_units(before, after)
+    assert [[own["prompt_index"] for own in unit.rollouts] for unit in units] == [[0, 0], [2, 2]]
+    assert [unit.notes for unit in units] == [({1: "here the two part"},) * 2, ({2: "here the two part"},) * 2]
+    same = pair_units(before[:1], [rollout(["a", "b"], prompt_index=0)])
+    assert same[0].notes == ({}, {})
+
+
+def test_counted() -> None:
+    assert counted([rollout(["a", "b"])]) == "1 rollouts, 2 tokens, reverse KL 0.5 nats per token on average."
+    assert reverse_kl(rollout(["a"], teacher_logprobs=None)) == [None]
+
+
+def scored(draw: random.Random, words: list[str], number: int) -> dict[str, Any]:
+    """256 tokens as a small model marks them: half of them certain, half open, five alternatives each."""
+    ids = [min(len(words) - 1, int(draw.paretovariate(0.8))) for _ in range(256)]
+    student = [-draw.expovariate(1.2 if draw.random() < 0.5 else 30.0) for _ in ids]
+    teacher = [min(-1e-4, own - draw.gauss(0.1, 0.5)) for own in student]
+
+    def topk(logprobs: list[float]) -> dict[str, Any]:
+        rows = []
+        for token, logprob in zip(ids, logprobs, strict=True):
+            rest, row = 1 - math.exp(logprob), [(token, logprob)]
+            for _ in range(4):
+                share = rest * draw.uniform(0.5, 0.95)
+                rest -= share
+                row.append((min(len(words) - 1, int(draw.paretovariate(0.6))), math.log(max(share, 1e-9))))
+            rows.append(sorted(row, key=lambda pair: -pair[1]))
+        return {
+            "ids": [[token for token, _ in row] for row in rows],
+            "tokens": [[words[token] for token, _ in row] for row in rows],
+            "logprobs": [[logprob for _, logprob in row] for row in rows],
+        }
+
+    return rollout(
+        [words[i] for i in ids],
+        prompt_index=number,
+        prompt_text="What do they say of this? " * 8 + str(number),
+        completion_ids=ids,
+        sampler_logprobs=student,
+        teacher_logprobs=teacher,
+        trainer_logprobs=[own + draw.gauss(0, 1e-3) for own in student],
+        advantages=[q - p for p, q in zip(student, teacher, strict=True)],
+        student_entropy=[draw.expovariate(1.0) for _ in ids],
+        teacher_entropy=[draw.expovariate(1.0) for _ in ids],
+        teacher_topk=topk(teacher),
+        student_topk=topk(student),
+    )
+
+
+def test_two_hundred_rollouts_with_every_number_stay_below_two_megabytes(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    words = [f" w{i}" for i in range(3000)]
+    units = [CreditUnit((scored(draw, words, number),)) for number in range(200)]
+    path = write_credit_page(units, tmp_path / "big.html", title="big")
+    assert path.stat().st_size < 2_000_000
