@@ -21,6 +21,7 @@ from understudy.doctor.catalogue import look_before
 from understudy.errors import GuardStop, NonFiniteError, ServerError, ServerUnavailable
 from understudy.evaluation import evaluate_tasks, outcome_metrics, task_outcomes, write_outcomes
 from understudy.loop import on_policy_loop, sample, score
+from understudy.mark_temperature import named_weights
 from understudy.metering import counted_model, matmul_sizes
 from understudy.preflight import Checked, Method, check_run
 from understudy.progress import ProgressSampler, piece_size
@@ -153,6 +154,7 @@ def _run(
                 evaluate=lambda: evaluate_tasks(parts.evaluator, parts.tasks, parts.decode),
                 stop=stop,
                 may_be_away=parts.may_be_away,
+                weights_of=lambda name: _named_teacher(parts.config, checked, given, name),
                 quiet=quiet,
             )
             try:
@@ -171,6 +173,14 @@ def _run(
             finally:
                 recorder.close()
         return replace(_finished(folder, recorder.last_row, recorder.interrupted_at), stop_requested=stop.requested)
+
+
+def _named_teacher(config: RunConfig, checked: Checked, given: Given, name: str) -> Teacher | None:
+    """The model that teacher ``name`` is said to be, where that is somebody else and easily loaded."""
+    role = config.all_teachers[name]
+    if given.teachers is None and role.url is None:
+        return None
+    return named_weights(role, config.student.model, vocab_size=checked.vocab_size, most_bytes=2 * 2**30)
 
 
 def _finished(folder: RunFolder, row: Mapping[str, Any], interrupted_at: int | None) -> RunResult:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from understudy.backends.protocols import Teacher, Trainer
 from understudy.checkpoints import checkpoint_path
 from understudy.errors import GuardStop, NonFiniteError, ServerUnavailable, UnderstudyError
-from understudy.guard_actions import GuardedTrainer, GuardWatch
+from understudy.guard_actions import GuardedTrainer, GuardWatch, WeightsOf
 from understudy.progress import StepProgress
 from understudy.rollout_store import rollout_record
 from understudy.runs import RunFolder
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 
 class Recorder:
-    """The loops' only door to disk and screen. ``evaluate`` returns eval/... metrics of the current weights."""
+    """The loops' only door to disk and screen. ``evaluate`` returns eval/... metrics of the current weights;
+    ``weights_of`` is for the guards."""
 
     def __init__(
         self,
@@ -37,12 +38,13 @@ class Recorder:
         evaluate: Callable[[], Mapping[str, float]],
         stop: StopRequest,
         may_be_away: frozenset[str] = frozenset(),
+        weights_of: WeightsOf | None = None,
         quiet: bool = False,
     ) -> None:
         self._folder, self._config, self._trainer, self._teachers = folder, config, trainer, teachers
         self._student, self._evaluate, self._stop = student, evaluate, stop
         self._may_be_away = may_be_away
-        self._watch = GuardWatch(folder, config)
+        self._watch = GuardWatch(folder, config, weights_of)
         self.first_step = folder.first_step
         self.last_step = folder.first_step
         self.last_row: dict[str, Any] = folder.last_row()
@@ -66,10 +68,11 @@ class Recorder:
         """``trainer``, whose updates the guards look at first."""
         return GuardedTrainer(trainer, self._watch)
 
-    def inspect(self, row: Mapping[str, Any], scored: Sequence[ScoredRollout]) -> None:
+    def inspect(
+        self, row: Mapping[str, Any], scored: Sequence[ScoredRollout], examples: Sequence[TrainingExample]
+    ) -> None:
         """Let the guards see what was written and marked. Raises GuardStop, before anything is learnt from it."""
-        self._watch.inspect(row, scored)
-        self._watch.look_at(self._trainer)
+        self._watch.inspect(row, scored, examples, self._trainer)
 
     def record(self, step: int, row: Mapping[str, Any]) -> None:
         """Log an update as soon as it is made. From here on the run can go on after it, whatever fails next.
@@ -77,7 +80,7 @@ class Recorder:
         Raises GuardStop, with the row in place.
         """
         self._stop.hold()  # as it has been since the update, where one was made
-        row = self._watch.finite({**row, **self._watch.direction(self._trainer, row)})
+        row = self._watch.finite(self._watch.completed(row, self._trainer))
         self.last_row, self.last_step = self._folder.record(step, row), step
         self._watch.record(row)
         self._stop.release()

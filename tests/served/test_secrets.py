@@ -137,9 +137,9 @@ def test_a_crash_shows_no_key(world: Path, served: str, tmp_path: Path) -> None:
     """A fault of the program's own, with its traceback: what a tracker of faults would be sent."""
     path = write_toml(tmp_path / "run.toml", content(world, tmp_path / "run", served))
     code = (
-        "import sys, understudy.loop, understudy.cli\n"
+        "import sys, understudy.updates, understudy.cli\n"
         "def broken(*arguments, **keywords): raise ZeroDivisionError(repr((arguments, keywords)))\n"
-        "understudy.loop.optimizer_step = broken\n"
+        "understudy.updates.optimizer_step = broken\n"
         f"sys.argv = ['understudy', 'distill', {str(path)!r}]\n"
         "understudy.cli.main()\n"
     )

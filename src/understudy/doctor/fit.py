@@ -236,7 +236,7 @@ def _as_read(case: Case, name: str, prompt: Prompt) -> Prompt:
 
 def optim(case: Case) -> Iterator[Found]:
     """Learning rate and batch beside what a rule suggests."""
-    hidden = _width(case)
+    hidden = case.student.config.get_text_config().hidden_size
     config = case.config
     factor = ADAPTER_FACTOR if config.student.lora else 1
     suggested = RATE * math.sqrt(WIDTH / hidden) * factor
@@ -266,14 +266,6 @@ def optim(case: Case) -> Iterator[Found]:
         yield Found("warn", evidence, numbers, f"sampling.groups_per_batch = {-(-wanted // sampling.group_size)}")
     else:
         yield Found("pass", evidence, numbers)
-
-
-def _width(case: Case) -> int:
-    from transformers import AutoConfig
-
-    from understudy.doctor.resources import whole_model
-
-    return AutoConfig.from_pretrained(whole_model(case.config.student.model)).get_text_config().hidden_size
 
 
 _DISTILL = frozenset({"distill"})

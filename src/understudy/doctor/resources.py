@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from understudy.doctor.findings import Check, Found
-from understudy.tokenization import adapter_base
 
 if TYPE_CHECKING:
     from understudy.assembly import Parts
+    from understudy.config_base import ModelConfig
     from understudy.config_plan import PlanConfig
     from understudy.doctor.case import Case
     from understudy.types import TrainingExample
@@ -22,12 +22,6 @@ _SINGLE, _MOMENTS = 4, 8
 _REST = 50e6
 # A step of the probe: enough prompts to say what one costs, few enough not to wait for it.
 _PROBE_PROMPTS, _PROBE_EXAMPLES = 8, 16
-
-
-def whole_model(model: str) -> str:
-    """The model that a name means: of a folder of adapters its base."""
-    folder = Path(model)
-    return (adapter_base(folder) if not (folder / "config.json").exists() else None) or model
 
 
 def disk(case: Case) -> Iterator[Found]:
@@ -56,13 +50,10 @@ def _existing(path: Path) -> Path:
 
 def _checkpoint_bytes(case: Case) -> float | None:
     """Weights that train and their optimizer's state; None where the sizes are not known."""
-    from transformers import AutoConfig
-
     from understudy.flops import Update, adapter_weights, shape_of_config
 
     student = case.config.student
-    config = AutoConfig.from_pretrained(whole_model(student.model))
-    shape = shape_of_config(config)
+    shape = shape_of_config(case.student.config)
     lora = student.lora
     if shape is not None:
         trained = (
@@ -94,6 +85,9 @@ def memory(case: Case) -> Iterator[Found]:
     from understudy.backends.memory import memory_budget
     from understudy.planner import predict
 
+    if own := [role for role, model in _models(case) if model.trust_remote_code]:
+        yield Found("pass", f"{', '.join(own)}: sizes of models with code of their own are not known in advance")
+        return
     device = pick_device(case.config.student.device)
     plan = _plan(case)
     prediction = predict(plan)
@@ -110,6 +104,12 @@ def memory(case: Case) -> Iterator[Found]:
     # The budget is 70% of what is free.
     level = "fail" if worst > budget / 0.7 else "warn" if worst > budget else "pass"
     yield Found(level, evidence, numbers)
+
+
+def _models(case: Case) -> list[tuple[str, ModelConfig]]:
+    """Those that are loaded, by role."""
+    teachers = case.config.all_teachers if case.method == "distill" else {}
+    return [("student", case.config.student), *((f"teacher {name}", one) for name, one in teachers.items())]
 
 
 def _plan(case: Case) -> PlanConfig:
