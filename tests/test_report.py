@@ -210,14 +210,14 @@ def test_scale_ignores_outliers() -> None:
 
 
 def test_worst_tokens_are_ranked_with_context() -> None:
-    topk = {"ids": [[1]] * 4, "tokens": [["best"]] * 4, "logprobs": [[math.log(0.5)]] * 4}
+    topk = {"ids": [[1]] * 4, "tokens": [[" best"]] * 4, "logprobs": [[math.log(0.5)]] * 4}
     rows = worst_tokens([make_rollout(["a", "b", "c", "d"], teacher_topk=topk)], count=2)
     assert [row["token"] for row in rows] == ["d", "c"]
     assert rows[1]["before"] == "a b "
     assert rows[1]["after"] == " d"
     assert rows[1]["reverse_kl"] == "1.00"
     assert (rows[1]["student"], rows[1]["teacher"]) == ("100.0 %", "36.8 %")
-    assert rows[1]["choice"] == "best (50.0 %)"
+    assert rows[1]["choice"] == "␣best (50.0 %)"
 
 
 # --- charts and numbers

@@ -274,9 +274,11 @@ def test_runs_and_their_steps(tmp_path: Path) -> None:
         write(run / "rollouts" / f"step_{step:06d}.jsonl", record)
     assert stored_steps(run) == [0, 40]
     last, first = read_source(str(run)), read_source(f"{run}@0")
-    assert (last.name, last.step, last.records[0]["step"]) == ("run, step 40", 40, 40)
+    assert (last.name, last.records[0]["step"]) == ("run, step 40", 40)
     assert (first.name, first.records[0]["step"]) == ("run, step 0", 0)
     assert read_source(str(run), step=0) == first
+    whole = read_source(str(run), step="all")
+    assert (whole.name, [record["step"] for record in whole.records]) == ("run, steps 0 to 40", [0, 40])
     with pytest.raises(ConfigError, match=r"one of the steps 0, 40"):
         read_source(f"{run}@7")
     with pytest.raises(ConfigError, match="one of the two"):

@@ -13,6 +13,7 @@ from cyclopts import Parameter
 from understudy.errors import ConfigError
 
 Format = Literal["plain", "trl", "verl", "slime", "miles", "prime-rl", "tinker"]
+Role = Literal["student", "teacher", "tokenizer"]
 
 
 def score(
@@ -24,7 +25,7 @@ def score(
     prompt: Annotated[list[str] | None, Parameter(allow_leading_hyphen=True, negative="")] = None,
     text: Path | None = None,
     compare: Annotated[tuple[str, str] | None, Parameter(negative="")] = None,
-    step: int | None = None,
+    step: int | Literal["all"] | None = None,
     form: Annotated[
         Format | None, Parameter(name="--format", help="What the file is; otherwise recognised by its fields.")
     ] = None,
@@ -35,6 +36,7 @@ def score(
     seed: int = 0,
     topk: int = 5,
     device: str = "auto",
+    trust_remote_code: Annotated[list[Role] | None, Parameter(negative="")] = None,
     output: Path = Path("credit.html"),
     open_page: Annotated[bool, Parameter(name="--open")] = True,
 ) -> int:
@@ -51,6 +53,8 @@ def score(
 
         understudy score runs/a --step 40
 
+        understudy score runs/a --step all
+
         understudy score --compare runs/a@0 runs/a@100
 
     Parameters
@@ -66,7 +70,7 @@ def score(
     compare
         Two of runs/x@STEP, a run or a file, whose rollouts answer the same prompts.
     step
-        The stored step of a run; its last by default.
+        The stored step of a run, or all of them on one page; its last by default.
     tokenizer
         Hub id or folder whose tokenizer turns ids into text, for files without texts and models.
     samples
@@ -81,6 +85,9 @@ def score(
         Alternatives kept per token and model.
     device
         auto, cpu, mps, cuda or cuda:0.
+    trust_remote_code
+        Whose Python code (auto_map) may run, with your rights: student, teacher or tokenizer; may be given several
+        times.
     output
         The page to write.
     open_page
@@ -93,7 +100,7 @@ def score(
     from understudy.score import command
     from understudy.score.sources import read_source
 
-    models = command.Models(student, teacher, tokenizer, device, topk)
+    models = command.Models(student, teacher, tokenizer, device, topk, frozenset(trust_remote_code or ()))
     if compare is not None:
         _refuse_models(models.student or models.teacher, "--compare")
         before, after = command.read_pair(compare, form)

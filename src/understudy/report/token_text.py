@@ -40,6 +40,15 @@ def visible_text(token: str) -> str:
     return text + "\n" if "\n" in token else text
 
 
+def token_name(token: str) -> str:
+    """The token where it stands alone, out of any text: " yes" and "yes" are two, and look it.
+
+    >>> token_name(" yes"), token_name("\\n")
+    ('␣yes', '↵')
+    """
+    return visible_text(token).removesuffix("\n").replace(" ", "␣")
+
+
 def _visible_character(character: str) -> str:
     if character in "\n\t":
         return _VISIBLE[character]
