@@ -135,7 +135,8 @@ def test_single_bytes_find_their_characters() -> None:
         4: BytePiece("é", 1, 2),
         5: BytePiece("é", 2, 2),
     }
-    assert found.left_out == (6,)
+    assert found.left_out == [6]
+    assert found.gaps == ["", " ", "", "", "", "", ""]  # the space is not among the bytes
 
 
 def test_a_real_replacement_character_is_itself() -> None:
@@ -148,24 +149,63 @@ def test_bytes_that_are_no_character_stay_as_they_are() -> None:
 
 
 def test_tokenizers_that_drop_spaces_and_texts_that_are_missing() -> None:
-    assert align(["a", "b", "<eos>"], "a b").left_out == (2,)
-    assert align(["a", "b"], "") == align([], "")
+    assert align(["a", "b", "<eos>"], "a b").left_out == [2]
+    bare = align(["a", "b", "\ufffd"], "")
+    assert (bare.gaps, bare.pieces, bare.left_out) == (["", " ", " "], {}, [])
+
+
+def test_tokens_that_do_not_make_the_text_are_all_kept() -> None:
+    """A tokenizer that mends spaces when it decodes: what is copied comes from the tokens then."""
+    assert align(["it", " 's", " on", "<eos>"], "it's on").left_out == []
     assert visible_text("\ud800") == "⟨U+D800⟩"
+
+
+MIXED = "sum: 🙂 שלום, 你好 👩‍👩‍👧 é.\n x🙂🙂 y"
+
+
+def rebuilt(tokens: list[str], text: str) -> str:
+    """What "Copy text" makes of tokens: gaps, and characters in place of bytes."""
+    found = align(tokens, text)
+    read = [(found.pieces[i].characters, found.pieces[i].part) if i in found.pieces else (t, 1) for i, t in enumerate(tokens)]
+    kept = [i for i in range(len(tokens)) if i not in found.left_out and read[i][1] == 1]
+    assert not any("\ufffd" in read[i][0] for i in kept)
+    return "".join(found.gaps[i] + read[i][0] for i in kept)
 
 
 def test_every_emoji_of_a_byte_level_tokenizer_is_found() -> None:
     from user import bpe_tokenizer
 
     tokenizer = bpe_tokenizer()
-    text = "sum: 🙂 שלום, 你好 👩‍👩‍👧 é."
-    ids = tokenizer(text)["input_ids"]
+    tokens = [tokenizer.decode([i]) for i in tokenizer(MIXED)["input_ids"]]
+    assert align(tokens, MIXED).left_out == []
+    assert rebuilt(tokens, MIXED) == MIXED
+
+
+def test_byte_fallback_tokens_find_their_characters_and_spaces() -> None:
+    """As SentencePiece's vocabularies have them: 259 is "▁", which alone decodes to nothing; <0xF0> and its kin are
+    bytes; a token that begins with "▁" loses it where it is decoded alone."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"sumxy:.,", "▁x", "▁y"]
+    vocab = {word: i for i, word in enumerate(words)}
+    merges = [("▁", "x"), ("▁", "y")]
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    ids = [*tokenizer(MIXED)["input_ids"], 2]
     tokens = [tokenizer.decode([i]) for i in ids]
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    assert text == MIXED
+    assert tokens.count("\ufffd") > 40
+    assert rebuilt(tokens, text) == MIXED
     found = align(tokens, text)
-    assert found.left_out == ()
-    read = [found.pieces[i].characters if i in found.pieces else token for i, token in enumerate(tokens)]
-    firsts = [i for i in range(len(tokens)) if i not in found.pieces or found.pieces[i].part == 1]
-    spaces = [tokens[i].partition("\ufffd")[0] if i in found.pieces else "" for i in range(len(tokens))]
-    assert "".join(spaces[i] + read[i] for i in firsts) == text
+    emoji = tokens.index("\ufffd")
+    assert [found.pieces[emoji + i] for i in range(4)] == [BytePiece("🙂", part, 4) for part in (1, 2, 3, 4)]
+    assert (found.gaps[emoji], found.left_out) == (" ", [len(ids) - 1])
 
 
 # The page

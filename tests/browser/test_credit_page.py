@@ -82,8 +82,8 @@ def test_pointing_at_a_token_shows_its_numbers(three: Path, visit: Visit) -> Non
     page = visit(three)
     text = point(page, 0, 2)
     for part in (
-        " is", "token 3 of 4, position 2, id 102", "−0.250", "77.9 %", "−1.250", "28.7 %", "+1.000 nats", "−1.000",
-        "0.7788", "0.125 nats", "the teacher would have said", "yes", "61 %", "22 %", "the student's own choices",
+        "␣is", "token 3 of 4, position 2, id 102", "−0.250", "77.9 %", "−1.250", "28.7 %", "+1.000 nats", "−1.000",
+        "0.7788", "0.125 nats", "the teacher would have said", "yes", "61 %", "␣no", "22 %", "the student's own choices",
     ):  # fmt: skip
         assert part in text, part
     page.mouse.move(2, 2)
