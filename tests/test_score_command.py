@@ -110,6 +110,17 @@ def test_a_runs_rollouts_and_two_steps_side_by_side(
     before = page.read_bytes()
     assert run_cli(monkeypatch, "score", "--compare", run, run, "--output", page) == 0  # its first step and its last
     assert page.read_bytes() == before
+    assert run_cli(monkeypatch, "score", run, "--step", "all", "--output", page) == 0
+    rollouts, data = content(page)
+    last = [json.loads(line) for line in (run / "rollouts" / "step_000002.jsonl").read_text().splitlines()]
+    assert data["lengths"] == [len(record["completion_ids"]) for record in stored + last]
+    labels = [row["label"] for row in rollouts["rollouts"]]
+    assert labels == ["step 0, sample 0", "step 0, sample 1"] * (len(stored) // 2) + [
+        "step 2, sample 0",
+        "step 2, sample 1",
+    ] * (len(last) // 2)
+    forks = re.findall(r'<a href="#r(\d+)t\d+">', page.read_text(encoding="utf-8"))
+    assert {int(number) < len(stored) for number in forks} == {True, False}  # ranked across both steps
     capsys.readouterr()
     assert run_cli(monkeypatch, "score", f"{run}@1", "--output", page) == 2
     assert "one of the steps 0, 2" in capsys.readouterr().err

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import random
 import re
 import zlib
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from big_pages import big_rollouts
 from understudy.report.credit_data import (
     INFINITE,
     MIN_ALTERNATIVE_LOGPROB,
@@ -166,7 +166,9 @@ MIXED = "sum: 🙂 שלום, 你好 👩‍👩‍👧 é.\n x🙂🙂 y"
 def rebuilt(tokens: list[str], text: str) -> str:
     """What "Copy text" makes of tokens: gaps, and characters in place of bytes."""
     found = align(tokens, text)
-    read = [(found.pieces[i].characters, found.pieces[i].part) if i in found.pieces else (t, 1) for i, t in enumerate(tokens)]
+    whole = [(token, 1) for token in tokens]
+    pieces = found.pieces
+    read = [(pieces[i].characters, pieces[i].part) if i in pieces else own for i, own in enumerate(whole)]
     kept = [i for i in range(len(tokens)) if i not in found.left_out and read[i][1] == 1]
     assert not any("\ufffd" in read[i][0] for i in kept)
     return "".join(found.gaps[i] + read[i][0] for i in kept)
@@ -261,46 +263,7 @@ def test_counted() -> None:
     assert reverse_kl(rollout(["a"], teacher_logprobs=None)) == [None]
 
 
-def scored(draw: random.Random, words: list[str], number: int) -> dict[str, Any]:
-    """256 tokens as a small model marks them: half of them certain, half open, five alternatives each."""
-    ids = [min(len(words) - 1, int(draw.paretovariate(0.8))) for _ in range(256)]
-    student = [-draw.expovariate(1.2 if draw.random() < 0.5 else 30.0) for _ in ids]
-    teacher = [min(-1e-4, own - draw.gauss(0.1, 0.5)) for own in student]
-
-    def topk(logprobs: list[float]) -> dict[str, Any]:
-        rows = []
-        for token, logprob in zip(ids, logprobs, strict=True):
-            rest, row = 1 - math.exp(logprob), [(token, logprob)]
-            for _ in range(4):
-                share = rest * draw.uniform(0.5, 0.95)
-                rest -= share
-                row.append((min(len(words) - 1, int(draw.paretovariate(0.6))), math.log(max(share, 1e-9))))
-            rows.append(sorted(row, key=lambda pair: -pair[1]))
-        return {
-            "ids": [[token for token, _ in row] for row in rows],
-            "tokens": [[words[token] for token, _ in row] for row in rows],
-            "logprobs": [[logprob for _, logprob in row] for row in rows],
-        }
-
-    return rollout(
-        [words[i] for i in ids],
-        prompt_index=number,
-        prompt_text="What do they say of this? " * 8 + str(number),
-        completion_ids=ids,
-        sampler_logprobs=student,
-        teacher_logprobs=teacher,
-        trainer_logprobs=[own + draw.gauss(0, 1e-3) for own in student],
-        advantages=[q - p for p, q in zip(student, teacher, strict=True)],
-        student_entropy=[draw.expovariate(1.0) for _ in ids],
-        teacher_entropy=[draw.expovariate(1.0) for _ in ids],
-        teacher_topk=topk(teacher),
-        student_topk=topk(student),
-    )
-
-
 def test_two_hundred_rollouts_with_every_number_stay_below_two_megabytes(tmp_path: Path) -> None:
-    draw = random.Random(0)
-    words = [f" w{i}" for i in range(3000)]
-    units = [CreditUnit((scored(draw, words, number),)) for number in range(200)]
+    units = [CreditUnit((own,)) for own in big_rollouts(200)]
     path = write_credit_page(units, tmp_path / "big.html", title="big")
     assert path.stat().st_size < 2_000_000

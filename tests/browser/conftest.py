@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pages import chromium, rollout, thousand_page
+from pages import SIZES, chromium, rollout
 
+from big_pages import big_rollouts
 from understudy.report.credit_page import CreditUnit, write_credit_page
-
-SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -66,4 +65,6 @@ def three(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return thousand_page(tmp_path_factory.mktemp("thousand") / "page.html")
+    """A thousand rollouts of 256 tokens, without alternatives."""
+    units = [CreditUnit((own,)) for own in big_rollouts(1000, alternatives=False)]
+    return write_credit_page(units, tmp_path_factory.mktemp("thousand") / "page.html", title="Thousand")

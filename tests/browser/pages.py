@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from understudy.report.credit_page import CreditUnit, write_credit_page
+SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 
 
 @contextmanager
@@ -24,20 +22,6 @@ def chromium() -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
-
-
-def thousand_page(out: Path) -> Path:
-    """A thousand rollouts of 256 tokens, with random numbers in every column but the alternatives."""
-    draw = random.Random(0)
-    words = [f" w{i}" for i in range(2000)]
-    units = []
-    for number in range(1000):
-        tokens = [words[min(1999, int(draw.paretovariate(0.8)))] for _ in range(256)]
-        teacher = [-draw.expovariate(1.0) for _ in tokens]
-        units.append(
-            CreditUnit((rollout(number, tokens, teacher_logprobs=teacher, teacher_topk=None, student_topk=None),))
-        )
-    return write_credit_page(units, out, title="Thousand")
 
 
 def rollout(number: int, tokens: list[str], **changes: Any) -> dict[str, Any]:

@@ -18,8 +18,8 @@ _KEPT_INVISIBLE = {"\u200c", "\u200d"}
 
 @dataclass(frozen=True)
 class BytePiece:
-    """A token that is part ``part`` (from 1) of ``parts`` of ``characters``, which no single token holds. The space that
-    the first may carry is a gap."""
+    """A token that is part ``part`` (from 1) of ``parts`` of ``characters``, which no single token holds. A space that
+    the first carries is a gap."""
 
     characters: str
     part: int

@@ -41,7 +41,7 @@ class Models:
     trusted: frozenset[str] = frozenset()
 
     def text(self, role: str) -> ModelText:
-        """Tokenizer and configuration of the model in a role that is named. Raises ConfigError as ``load_text`` does."""
+        """Tokenizer and configuration of the model in a role that is named. Raises ConfigError, as load_text does."""
         return load_text(getattr(self, role), role, trust_remote_code=role in self.trusted)
 
 
@@ -69,12 +69,12 @@ def score_prompts(prompts: Sequence[str], models: Models, sampling: Sampling, ou
                 expected="both: the student writes, and both mark",
                 remedy='understudy score --student S --teacher T --prompt "..."',
             )
-    records = _answered(prompts, models, sampling)
+    records = answered(prompts, models, sampling)
     facts = [f"Written by {models.student}, marked by {models.teacher}.", counted(records)]
     return write_credit_page(_single(records), out, title="Sampled answers", facts=facts)
 
 
-def _answered(prompts: Sequence[str], models: Models, sampling: Sampling) -> list[Record]:
+def answered(prompts: Sequence[str], models: Models, sampling: Sampling) -> list[Record]:
     with tempfile.TemporaryDirectory() as folder:
         config = _config(Path(folder), prompts, models, sampling)
         checked = check_run(config, "distill")

@@ -178,7 +178,9 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")  # some editors begin files with a byte order mark
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}", got=str(error), expected="text in UTF-8", remedy="write it anew in UTF-8") from None
+        raise ConfigError(
+            f"{path}", got=str(error), expected="text in UTF-8", remedy="write it anew in UTF-8"
+        ) from None
 
 
 def _json(text: str, where: str) -> Any:

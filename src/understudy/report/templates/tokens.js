@@ -105,7 +105,10 @@
   const signed = (value) => (value > 0 && Number.isFinite(value) ? "+" : "") + nats(value);
   const probability = (logprob, digits = 1) => {
     const p = 100 * Math.exp(logprob);
-    if (p !== 0 && p < 0.1) return p.toExponential(1) + " %";
+    if (p !== 0 && p < 0.1) {
+      const raised = (_, digits_) => "×10⁻" + [...digits_].map((one) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[one]).join("");
+      return p.toExponential(1).replace(/e-(\d+)$/, raised) + " %";
+    }
     return (digits || p < 10 ? p.toFixed(1) : p.toFixed(0)) + " %";
   };
   const element = (name, text, css) => {
