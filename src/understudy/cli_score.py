@@ -15,6 +15,12 @@ from understudy.errors import ConfigError
 Format = Literal["plain", "trl", "verl", "slime", "miles", "prime-rl", "tinker"]
 Role = Literal["student", "teacher", "tokenizer"]
 
+_GOES_WITH = {
+    "--step": "a run's folder: steps of --compare stand behind an @",
+    "--tokenizer": "rollouts that are there: what a student writes now has its own",
+    "--format": "a file, of --text or --compare",
+}
+
 
 def score(
     run: Annotated[str | None, Parameter(help="A run's folder; runs/x@40 for its step 40.", show_default=False)] = None,
@@ -94,6 +100,13 @@ def score(
         Open the page in a browser, where there is a screen.
     """
     _check_asked(run, prompt, text, compare, output)
+    for name, value, needed in (
+        ("--step", step, run),
+        ("--tokenizer", tokenizer, not prompt),
+        ("--format", form, text or compare),
+    ):
+        if value is not None and not needed:
+            raise ConfigError(name, got=str(value), expected=_GOES_WITH[name], remedy=f"drop {name}")
     for name, value in (("--samples", samples), ("--max-completion-tokens", max_completion_tokens), ("--topk", topk)):
         if value < 1:
             raise ConfigError(name, got=str(value), expected="at least 1", remedy=f"{name} 4")
@@ -102,15 +115,11 @@ def score(
 
     models = command.Models(student, teacher, tokenizer, device, topk, frozenset(trust_remote_code or ()))
     if compare is not None:
-        _refuse_models(models.student or models.teacher, "--compare")
-        before, after = command.read_pair(compare, form)
-        page = command.score_pair(before, after, output)
+        page = command.score_pair(*command.read_pair(compare, form), models, output)
     elif prompt:
         sampling = command.Sampling(samples, max_completion_tokens, seed, plain)
         page = command.score_prompts(prompt, models, sampling, output)
     else:
-        if run is not None:
-            _refuse_models(models.student or models.teacher, f"run {run}")
         page = command.score_source(read_source(run or str(text), step=step, form=form), models, output)
     print(page)
     if open_page and _has_screen():
@@ -136,16 +145,6 @@ def _check_asked(
             got="a folder" if output.is_dir() else "a file in a folder that does not exist",
             expected="a file to write",
             remedy="--output credit.html",
-        )
-
-
-def _refuse_models(given: str | None, where: str) -> None:
-    if given is not None:
-        raise ConfigError(
-            where,
-            got=f"{given} as student or teacher",
-            expected="no models: a run has kept its own marks",
-            remedy="drop them; to mark stored rollouts anew, give their file with --text",
         )
 
 

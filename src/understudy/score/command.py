@@ -125,23 +125,23 @@ def score_source(source: Source, models: Models, out: Path) -> Path:
     """Write the page of a run's step or a file; records without marks get those of the models that were named.
 
     Raises:
-        ConfigError: nothing is known of its tokens, and no models are named.
+        ConfigError: nothing is known of its tokens, and no models are named; or they are, for a run.
     """
-    records = _marked(source.records, models)
+    records = _marked(source, models)
     facts = [counted(records)]
     if models.teacher is not None:
         facts.insert(0, f"Marked by {models.teacher}.")
     return write_credit_page(_single(records), out, title=source.name, facts=facts)
 
 
-def score_pair(before: Source, after: Source, out: Path) -> Path:
+def score_pair(before: Source, after: Source, models: Models, out: Path) -> Path:
     """Write the page of two steps, or files, with the same prompts side by side.
 
     Raises:
-        ConfigError: they have no prompt in common.
+        ConfigError: they have no prompt in common; otherwise as ``score_source``.
     """
     labels = (before.name, after.name)
-    units = pair_units(before.records, after.records, labels=labels)
+    units = pair_units(_marked(before, models), _marked(after, models), labels=labels)
     if not units:
         raise ConfigError(
             f"--compare {before.name} and {after.name}",
@@ -169,7 +169,15 @@ def _single(records: Sequence[Record]) -> list[CreditUnit]:
     return [CreditUnit((record,)) for record in records]
 
 
-def _marked(records: Sequence[Record], models: Models) -> list[Record]:
+def _marked(source: Source, models: Models) -> list[Record]:
+    records = source.records
+    if source.is_run and (models.student or models.teacher):
+        raise ConfigError(
+            source.name,
+            got=f"{models.student or models.teacher} as student or teacher",
+            expected="no models: a run has kept its own marks",
+            remedy="drop them; to mark stored rollouts anew, give their file with --text",
+        )
     unmarked = [r for r in records if not (r.get("sampler_logprobs") or r.get("teacher_logprobs"))]
     if unmarked and models.student is None:
         raise ConfigError(

@@ -66,10 +66,11 @@ class _Plain(BaseModel):
 
 @dataclass(frozen=True)
 class Source:
-    """Records, and words for where they are from."""
+    """Records, and words for where they are from. ``is_run``: they have the marks of their run."""
 
     name: str
     records: Sequence[Record]
+    is_run: bool = False
 
 
 def read_source(place: str, *, step: Step | None = None, form: str | None = None) -> Source:
@@ -116,9 +117,9 @@ def _of_run(run: Path, step: Step | None) -> Source:
     name = run.resolve().name
     if step == "all":
         records = [record for own in steps for record in _stored(run, own)]
-        return Source(f"{name}, steps {steps[0]} to {steps[-1]}", records)
+        return Source(f"{name}, steps {steps[0]} to {steps[-1]}", records, is_run=True)
     chosen = steps[-1] if step is None else step
-    return Source(f"{name}, step {chosen}", _stored(run, chosen))
+    return Source(f"{name}, step {chosen}", _stored(run, chosen), is_run=True)
 
 
 def _stored(run: Path, step: int) -> list[Record]:
