@@ -64,12 +64,15 @@ def test_texts_are_marked(models: Path, tmp_path: Path, monkeypatch: pytest.Monk
     rows = [
         {"prompt": "How many?", "completion": " 72", "finish_reason": "stop"},
         {"prompt": "And?", "completion": " 7."},
+        {"prompt": "Nothing?", "completion": "", "finish_reason": "stop"},
+        {"prompt": "Nothing?", "completion": ""},
     ]
     file, page = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "page.html"
     arguments = ["--student", models / "student", "--teacher", models / "teacher", "--output", page]
     assert run_cli(monkeypatch, "score", "--text", file, *arguments) == 0
     rollouts, data = content(page)
-    assert [row["finish"] for row in rollouts["rollouts"]] == ["stop", None]
+    assert [row["finish"] for row in rollouts["rollouts"]] == ["stop", None, "stop", None]
+    assert data["lengths"][2:] == [1, 0]  # the end token alone, and nothing
     assert {"student", "teacher"} <= set(data["columns"])
 
 

@@ -240,7 +240,7 @@ def _checked(record: Record, where: str) -> Record:
     tokens = (
         record.get("completion_ids") if record.get("completion_ids") is not None else record.get("completion_tokens")
     )
-    if tokens is None and not record.get("completion_text"):
+    if tokens is None and record.get("completion_text") is None:
         raise ConfigError(
             where,
             got=f"a record with {', '.join(sorted(record)) or 'nothing'}",
