@@ -14,6 +14,7 @@ PARTS = {
     "lm_head": "The loss at the LM head",
     "served": "Roles on servers",
     "guards": "What the guards notice",
+    "report": "Pages of token credit",
     "gpu": "One data-centre GPU",
 }
 MISSING = {"gpu": "Not measured: no GPU was at hand."}

@@ -27,7 +27,8 @@ from understudy.report.page import choose_scale, grid
 from understudy.report.run_data import flatten, merge_by_step, read_jsonl
 from understudy.report.run_report import worst_tokens
 from understudy.report.scales import log_x_axis, nice_ticks
-from understudy.report.tokens import LEVELS, colour_level, reverse_kl, separators, visible_text
+from understudy.report.token_text import align
+from understudy.report.tokens import LEVELS, colour_level, reverse_kl, visible_text
 
 
 def make_rollout(tokens: list[str], text: str | None = None, **changes: Any) -> dict[str, Any]:
@@ -168,16 +169,16 @@ def test_invisible_tokens_are_made_visible() -> None:
 
 
 def test_tokens_without_spaces_read_as_separate_words() -> None:
-    assert separators(["a", "op17", "<end>"], "a op17") == ["", " ", " "]
-    assert separators(["un", "believ", "able", "cat"], "unbelievable cat") == ["", "", "", " "]
-    assert separators(["a", "b"], "") == ["", " "]
+    assert align(["a", "op17", "<end>"], "a op17").gaps == ["", " ", " "]
+    assert align(["un", "believ", "able", "cat"], "unbelievable cat").gaps == ["", "", "", " "]
+    assert align(["a", "b"], "").gaps == ["", " "]
     spans = token_spans(make_rollout(["a", "op17"]), scale=1.0)
     assert re.sub(r"<[^>]*>", "", spans) == "a op17"
 
 
 def test_tokens_with_their_own_spaces_are_only_joined() -> None:
     tokens = ["The", " cat", "\n", "\ufffd", " sat"]
-    assert separators(tokens, "The cat\n🙂 sat") == [""] * 5
+    assert align(tokens, "The cat\n🙂 sat").gaps == [""] * 5
 
 
 def test_one_tab_stop_per_rollout() -> None:
@@ -210,14 +211,14 @@ def test_scale_ignores_outliers() -> None:
 
 
 def test_worst_tokens_are_ranked_with_context() -> None:
-    topk = {"ids": [[1]] * 4, "tokens": [["best"]] * 4, "logprobs": [[math.log(0.5)]] * 4}
+    topk = {"ids": [[1]] * 4, "tokens": [[" best"]] * 4, "logprobs": [[math.log(0.5)]] * 4}
     rows = worst_tokens([make_rollout(["a", "b", "c", "d"], teacher_topk=topk)], count=2)
     assert [row["token"] for row in rows] == ["d", "c"]
     assert rows[1]["before"] == "a b "
     assert rows[1]["after"] == " d"
     assert rows[1]["reverse_kl"] == "1.00"
     assert (rows[1]["student"], rows[1]["teacher"]) == ("100.0 %", "36.8 %")
-    assert rows[1]["choice"] == "best (50.0 %)"
+    assert rows[1]["choice"] == "␣best (50.0 %)"
 
 
 # --- charts and numbers

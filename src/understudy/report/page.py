@@ -65,8 +65,11 @@ class RolloutGroup:
     cards: tuple[RolloutCard, ...]
 
 
-def write_page(template: str, out: Path, context: Mapping[str, Any]) -> Path:
-    """Render ``template`` to one self-contained file; every value that is not markup is escaped."""
+def write_page(template: str, out: Path, context: Mapping[str, Any], *, scripts: Sequence[str] = ("tokens",)) -> Path:
+    """Render ``template`` to one self-contained file; every value that is not markup is escaped.
+
+    ``scripts`` run in this order at the end of the page, and by its policy no other does.
+    """
     environment = Environment(
         loader=PackageLoader("understudy.report", "templates"),
         autoescape=lambda name: name is not None and name.endswith(".html"),
@@ -74,10 +77,10 @@ def write_page(template: str, out: Path, context: Mapping[str, Any]) -> Path:
         trim_blocks=True,
     )
     environment.filters["paragraphs"] = paragraphs
-    scripts = {name: environment.get_template(f"{name}.js").render() for name in ("tokens", "credit")}
+    sources = [environment.get_template(f"{name}.js").render() for name in scripts]
     # The page's policy allows these by their hashes: markup that came in with a text could not run any other.
-    hashes = [f"'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'" for script in scripts.values()]
-    allowed = {name: Markup(script) for name, script in scripts.items()}
+    hashes = [f"'sha256-{b64encode(sha256(source.encode()).digest()).decode()}'" for source in sources]
+    allowed = [Markup(source) for source in sources]
     html = environment.get_template(template).render(
         levels=LEVELS, scripts=allowed, script_hashes=Markup(" ".join(hashes)), **context
     )
