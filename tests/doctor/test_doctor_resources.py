@@ -48,7 +48,7 @@ def test_adapters_take_less(world: Path):
     assert finding.numbers["checkpoint"] == 12 * weights
 
 
-@pytest.mark.parametrize(("free", "level"), [(50.1e6, "fail"), (50.5e6, "warn"), (51e6, "pass")])
+@pytest.mark.parametrize(("free", "level"), [(0.3e6, "fail"), (0.4e6, "warn"), (50.5e6, "warn"), (51e6, "pass")])
 def test_too_little_disk(free: float, level: str, world: Path, monkeypatch: pytest.MonkeyPatch):
     """A checkpoint takes 0.34 MB, and 50 MB are left for the rest."""
     with_free(monkeypatch, free)

@@ -71,7 +71,8 @@ def look_before(config: RunConfig, method: Method, checked: Checked, given: Give
         for found in check.run(case):
             finding = _finding(check, found)
             if finding.level == "fail":
-                raise ConfigError(check.name, got=finding.evidence, expected=check.threshold, remedy=finding.remedy)
+                passes = f"a pass of this check, which {check.threshold}"
+                raise ConfigError(check.name, got=finding.evidence, expected=passes, remedy=finding.remedy)
             if finding.level == "warn":
                 log.warning("doctor, %s", finding.line)
 
