@@ -13,6 +13,8 @@ import numpy as np
 from understudy.checkpoints import flush, write_atomic, writing
 from understudy.config_objective import ObjectiveConfig
 from understudy.divergences import KINDS
+from understudy.errors import ConfigError, first_line
+from understudy.json_text import parsed
 from understudy.types import Rollout, ScoredRollout, Scores, TrainingExample
 
 _DEFAULTS = ObjectiveConfig()
@@ -45,11 +47,23 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows in order; a half-written last line is left out."""
+    """Rows in order; a half-written last line is left out. Raises ConfigError for one that is no row of a step."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
+    *lines, _ = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            row = parsed(line)
+            got = repr(row)
+        except ValueError as error:
+            row, got = None, first_line(error)
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise ConfigError(
+                f"{path}:{number}",
+                got=got,
+                expected='a line with the numbers of a step, {"step": 1, ...}',
+                remedy="put the file back from a copy, or delete that line",
+            )
+        rows.append(row)
     return rows
 
 

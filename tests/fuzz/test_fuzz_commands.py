@@ -13,7 +13,7 @@ import pytest
 import tomli_w
 from fuzzing import CASE_SECONDS, broken_bytes, count, forms, fuzz, note
 from hypothesis import strategies as st
-from test_fuzz_checkpoints import damage, damaged
+from test_fuzz_checkpoints import USED, damage, damaged
 from test_fuzz_configs import changed_trees, valid_trees
 
 from understudy.time_limit import TimeIsUp, time_limit
@@ -101,7 +101,7 @@ def test_files(
     """A good configuration of broken rows, and of a broken student."""
     monkeypatch.chdir(tmp_path)
     source, mark, rows = material / "student", tmp_path / "mark", tmp_path / "rows.jsonl"
-    contents = {path.name: path.read_bytes() for path in source.iterdir() if path.suffix in (".json", ".safetensors")}
+    contents = {path.name: path.read_bytes() for path in source.iterdir() if path.suffix in USED}
     [content, *_] = valid_trees(material)
     content["output_dir"] = "run"
     content["student"]["model"], content["prompts"]["path"] = str(tmp_path / "student"), str(rows)

@@ -1,0 +1,149 @@
+"""Folders of runs as disks and crashes leave them: `--resume` goes on from what is whole, or says what is not."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fuzzing import broken_bytes, forms, fuzz, note, outcome
+from hypothesis import strategies as st
+from test_fuzz_checkpoints import ODD, change_node, damage, damaged
+
+from understudy import RunConfig, distill
+from understudy.checkpoints import STATE_FILE, SUMS_FILE, newest_state, write_sums
+from understudy.report import write_run_report
+from user import bpe_tokenizer, save_model, tree, write_rows
+
+STEPS = 2
+# Of a run's folder, beside its checkpoints.
+RECORDS = ("config.toml", "metrics.jsonl", "costs.json", "rollouts/step_000000.jsonl")
+STATE_KEYS = ("step", "trainer", "costs", "method", "optimizer", "state", "param_groups", "roles", "flops", "exp_avg")
+TENSORS = st.sampled_from([torch.zeros(3), torch.full((2, 2), float("nan")), torch.zeros(0), torch.tensor(1)])
+
+
+def config_of(folder: Path, steps: int) -> RunConfig:
+    content = tree(
+        folder / "student",
+        folder / "teacher",
+        folder / "rows.jsonl",
+        folder / "run",
+        optim={"num_steps": steps},
+        checkpoints={"every": 1, "keep": 2},
+        rollouts={"per_step": 1},
+    )
+    return RunConfig.model_validate(content)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with two checkpoints, and what it was made of."""
+    folder = tmp_path_factory.mktemp("world")
+    save_model(folder / "student", bpe_tokenizer(chat=True))
+    save_model(folder / "teacher", bpe_tokenizer(chat=True), seed=1)
+    write_rows(folder / "rows.jsonl", [{"prompt": f"How many are {i}?"} for i in range(4)])
+    distill(config_of(folder, STEPS), quiet=True)
+    return folder
+
+
+@pytest.fixture
+def run(world: Path) -> Path:
+    """A copy to break, and to break again."""
+    shutil.rmtree(world / "whole", ignore_errors=True)
+    shutil.copytree(world / "run", world / "whole")
+    return world / "whole"
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@st.composite
+def changed_states(draw: st.DrawFn, name: str, data: bytes) -> dict[str, bytes]:
+    """A state that torch reads, with other things in it."""
+    state = torch.load(io.BytesIO(data), weights_only=True)
+    for _ in range(draw(st.integers(1, 2))):
+        change_node(draw, state, st.one_of(ODD, TENSORS), STATE_KEYS)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return {name: buffer.getvalue()}
+
+
+def broken(run: Path, folder: Path, changes: dict[str, bytes | None], sums: str) -> None:
+    """``folder`` becomes a copy of ``run`` with these changes. ``sums``: those of the files as they were ("kept"), of
+    the changed ones ("made anew"), or none ("gone")."""
+    mark = run.with_name("mark")
+    damaged(run, folder, changes, mark)
+    for checkpoint in (folder / "checkpoints").iterdir():
+        if sums == "gone":
+            (checkpoint / SUMS_FILE).unlink(missing_ok=True)
+        elif sums == "made anew":
+            write_sums(checkpoint)
+
+
+SUMS = st.sampled_from(["kept", "gone", "made anew"])
+
+
+@pytest.mark.filterwarnings("ignore")
+@forms(60, 3_000)
+def test_checkpoints(cases: int, long: bool, run: Path, tmp_path: Path) -> None:
+    """With their sums whatever has changed is found; without, what cannot be read. Nothing in them is run."""
+    good = contents_of(run / "checkpoints" / "step_000002")
+    folder = tmp_path / "run"
+
+    def body(case: tuple[dict[str, bytes | None], str]) -> None:
+        changes, sums = case
+        broken(run, folder, {f"checkpoints/step_000002/{name}": data for name, data in changes.items()}, sums)
+        changed = {name for name, data in changes.items() if data != good[name] and name != SUMS_FILE}
+        found: list[Any] = []
+        outcome("checkpoints", lambda: found.extend(newest_state(folder / "checkpoints")))
+        assert not run.with_name("mark").exists()
+        if sums == "kept" and changed and SUMS_FILE not in changes:
+            assert found[0] == 1, changes.keys()
+            [what] = found[3].values()
+            assert any(name in what for name in changed), what
+        note("checkpoints", f"sums {sums}") if long else None
+
+    fuzz(st.tuples(damage(good), SUMS), body, cases, long=long)
+
+
+@pytest.mark.filterwarnings("ignore")
+@forms(16, 1_000)
+def test_resumed(
+    cases: int, long: bool, world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One more step of a run in whose folder something is broken."""
+    contents = contents_of(run)
+    newest = "checkpoints/step_000002"
+    records = {name: contents[name] for name in RECORDS}
+    own = {name: data for name, data in contents.items() if name.startswith(newest)}
+    state = f"{newest}/{STATE_FILE}"
+    config = config_of(world, STEPS + 1)
+    folder = world / "run"
+
+    def body(case: tuple[dict[str, bytes | None], str]) -> None:
+        changes, sums = case
+        broken(run, folder, changes, sums)
+        outcome("runs resumed", lambda: distill(config, resume=True, quiet=True))
+        assert not run.with_name("mark").exists()
+        note("runs resumed", f"sums {sums}") if long else None
+
+    fuzz(st.tuples(st.one_of(damage(records), damage(own), changed_states(state, contents[state])), SUMS), body, cases, long=long)
+
+
+@pytest.mark.filterwarnings("ignore")
+@forms(20, 1_000)
+def test_reports(cases: int, long: bool, run: Path, tmp_path: Path) -> None:
+    """A page is written of what can be read, whatever the rest is."""
+    folder = tmp_path / "run"
+    records = {name: data for name, data in contents_of(run).items() if not name.startswith("checkpoints")}
+
+    def body(changes: dict[str, bytes | None]) -> None:
+        broken(run, folder, changes, "kept")
+        assert outcome("reports of runs", lambda: write_run_report(folder)) == "accepted"
+        assert (folder / "report.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
+
+    fuzz(damage(records), body, cases, long=long)
