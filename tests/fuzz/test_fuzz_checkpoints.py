@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -168,7 +169,7 @@ def change_node(draw: st.DrawFn, node: Any, values: st.SearchStrategy[Any], keys
             del node[key]
             return
         else:
-            node[key] = draw(values)
+            node[key] = copy.deepcopy(draw(values))  # the next change may be inside it
             return
 
 

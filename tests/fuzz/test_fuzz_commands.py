@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import time
 import tomllib
@@ -20,7 +21,8 @@ from understudy.time_limit import TimeIsUp, time_limit
 from user import bpe_tokenizer, run_cli, save_model, write_rows
 
 RESULTS = {0: "accepted", 1: "stopped", 2: "refused"}
-COMMANDS = st.sampled_from(["distill", "rl", "sft", "generate", "eval"])
+COMMANDS = st.sampled_from(["distill", "rl", "sft", "generate", "eval", "doctor"])
+OPTIONS = {"doctor": ("--fast", "--json")}  # the others run in miniature
 Captured = pytest.CaptureFixture[str]
 
 
@@ -46,20 +48,23 @@ def leaves(data: bytes, *folders: Path) -> bool:
 
 
 def used(surface: str, command: str, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
-    """A run in miniature of what can run. Exit code 2 comes with the four parts of a message, and leaves nothing new
-    behind."""
+    """What can run, does. Exit code 2 comes with the four parts of a message, or the doctor's findings, and leaves
+    nothing new behind."""
     folder = path.parent
     before, begun = {entry.name for entry in folder.iterdir()}, time.monotonic()
     try:
         with time_limit(CASE_SECONDS):
-            code = run_cli(monkeypatch, command, path, "--smoke")
+            code = run_cli(monkeypatch, command, path, *OPTIONS.get(command, ("--smoke",)))
     except TimeIsUp:
         raise AssertionError(f"no end after {CASE_SECONDS} seconds") from None
-    said = capsys.readouterr().err
-    assert "Traceback" not in said, said
-    if code == 2:
+    found, said = capsys.readouterr()
+    assert "Traceback" not in found + said, found + said
+    if code == 2 and found:
+        assert all(one["remedy"] for one in json.loads(found)["findings"] if one["level"] == "fail"), found
+    elif code == 2:
         for word in ("error ", "got: ", "expected: ", "remedy: "):
             assert word in said, said
+    if code == 2:
         assert {entry.name for entry in folder.iterdir()} <= before
     note(surface, command)
     count(surface, RESULTS[code], time.monotonic() - begun)
@@ -108,7 +113,7 @@ def test_files(
     path = tmp_path / "run.toml"
     path.write_text(tomli_w.dumps(content), encoding="utf-8")
     good = (material / "rows.jsonl").read_bytes()
-    command = st.sampled_from(["distill", "sft"])
+    command = st.sampled_from(["distill", "sft", "doctor"])
 
     def body(case: tuple[bytes | dict[str, bytes | None], str]) -> None:
         change, command = case

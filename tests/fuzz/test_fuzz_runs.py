@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import io
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fuzzing import broken_bytes, forms, fuzz, note, outcome
+from fuzzing import forms, fuzz, note, outcome
 from hypothesis import strategies as st
-from test_fuzz_checkpoints import ODD, change_node, damage, damaged
+from test_fuzz_checkpoints import ODD, Trap, change_node, damage, damaged
 
 from understudy import RunConfig, distill
 from understudy.checkpoints import STATE_FILE, SUMS_FILE, newest_state, write_sums
 from understudy.report import write_run_report
 from user import bpe_tokenizer, save_model, tree, write_rows
 
-STEPS = 2
 # Of a run's folder, beside its checkpoints.
 RECORDS = ("config.toml", "metrics.jsonl", "costs.json", "rollouts/step_000000.jsonl")
 STATE_KEYS = ("step", "trainer", "costs", "method", "optimizer", "state", "param_groups", "roles", "flops", "exp_avg")
@@ -40,21 +38,13 @@ def config_of(folder: Path, steps: int) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with two checkpoints, and what it was made of."""
+    """whole: a finished run of two steps with their checkpoints; and what it was made of."""
     folder = tmp_path_factory.mktemp("world")
     save_model(folder / "student", bpe_tokenizer(chat=True))
     save_model(folder / "teacher", bpe_tokenizer(chat=True), seed=1)
     write_rows(folder / "rows.jsonl", [{"prompt": f"How many are {i}?"} for i in range(4)])
-    distill(config_of(folder, STEPS), quiet=True)
-    return folder
-
-
-@pytest.fixture
-def run(world: Path) -> Path:
-    """A copy to break, and to break again."""
-    shutil.rmtree(world / "whole", ignore_errors=True)
-    shutil.copytree(world / "run", world / "whole")
-    return world / "whole"
+    distill(config_of(folder, 2), quiet=True)
+    return (folder / "run").rename(folder / "whole").parent
 
 
 def contents_of(folder: Path) -> dict[str, bytes]:
@@ -89,10 +79,13 @@ SUMS = st.sampled_from(["kept", "gone", "made anew"])
 
 @pytest.mark.filterwarnings("ignore")
 @forms(60, 3_000)
-def test_checkpoints(cases: int, long: bool, run: Path, tmp_path: Path) -> None:
+def test_checkpoints(cases: int, long: bool, world: Path, tmp_path: Path) -> None:
     """With their sums whatever has changed is found; without, what cannot be read. Nothing in them is run."""
+    run, folder = world / "whole", tmp_path / "run"
     good = contents_of(run / "checkpoints" / "step_000002")
-    folder = tmp_path / "run"
+    trap = io.BytesIO()
+    torch.save({"step": 2, "trainer": Trap(run.with_name("mark"))}, trap)
+    states = st.sampled_from([{STATE_FILE: trap.getvalue()}])
 
     def body(case: tuple[dict[str, bytes | None], str]) -> None:
         changes, sums = case
@@ -107,22 +100,20 @@ def test_checkpoints(cases: int, long: bool, run: Path, tmp_path: Path) -> None:
             assert any(name in what for name in changed), what
         note("checkpoints", f"sums {sums}") if long else None
 
-    fuzz(st.tuples(damage(good), SUMS), body, cases, long=long)
+    fuzz(st.tuples(st.one_of(*[damage(good)] * 9, states), SUMS), body, cases, long=long)
 
 
 @pytest.mark.filterwarnings("ignore")
 @forms(16, 1_000)
-def test_resumed(
-    cases: int, long: bool, world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed(cases: int, long: bool, world: Path) -> None:
     """One more step of a run in whose folder something is broken."""
+    run, folder = world / "whole", world / "run"
     contents = contents_of(run)
     newest = "checkpoints/step_000002"
     records = {name: contents[name] for name in RECORDS}
     own = {name: data for name, data in contents.items() if name.startswith(newest)}
     state = f"{newest}/{STATE_FILE}"
-    config = config_of(world, STEPS + 1)
-    folder = world / "run"
+    config = config_of(world, 3)
 
     def body(case: tuple[dict[str, bytes | None], str]) -> None:
         changes, sums = case
@@ -131,14 +122,19 @@ def test_resumed(
         assert not run.with_name("mark").exists()
         note("runs resumed", f"sums {sums}") if long else None
 
-    fuzz(st.tuples(st.one_of(damage(records), damage(own), changed_states(state, contents[state])), SUMS), body, cases, long=long)
+    fuzz(
+        st.tuples(st.one_of(damage(records), damage(own), changed_states(state, contents[state])), SUMS),
+        body,
+        cases,
+        long=long,
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
 @forms(20, 1_000)
-def test_reports(cases: int, long: bool, run: Path, tmp_path: Path) -> None:
+def test_reports(cases: int, long: bool, world: Path, tmp_path: Path) -> None:
     """A page is written of what can be read, whatever the rest is."""
-    folder = tmp_path / "run"
+    run, folder = world / "whole", tmp_path / "run"
     records = {name: data for name, data in contents_of(run).items() if not name.startswith("checkpoints")}
 
     def body(changes: dict[str, bytes | None]) -> None:
