@@ -12,10 +12,14 @@ from fuzzing import forms, fuzz, note, outcome
 from hypothesis import strategies as st
 from test_fuzz_checkpoints import ODD, Trap, change_node, damage, damaged
 
-from understudy import RunConfig, distill
+from understudy import RunConfig, distill, evaluate
 from understudy.checkpoints import STATE_FILE, SUMS_FILE, newest_state, write_sums
+from understudy.cli_tools import report
+from understudy.compare import compare
+from understudy.config_pipeline import PipelineConfig
+from understudy.pipeline import pipeline
 from understudy.report import write_run_report
-from user import bpe_tokenizer, save_model, tree, write_rows
+from user import bpe_tokenizer, save_model, tree, write_rows, write_toml
 
 # Of a run's folder, beside its checkpoints.
 RECORDS = ("config.toml", "metrics.jsonl", "costs.json", "rollouts/step_000000.jsonl")
@@ -42,7 +46,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     save_model(folder / "student", bpe_tokenizer(chat=True))
     save_model(folder / "teacher", bpe_tokenizer(chat=True), seed=1)
-    write_rows(folder / "rows.jsonl", [{"prompt": f"How many are {i}?"} for i in range(4)])
+    write_rows(
+        folder / "rows.jsonl",
+        [{"prompt": f"How many are {i}?", "answer": str(i), "completion": f"{i}."} for i in range(4)],
+    )
     distill(config_of(folder, 2), quiet=True)
     return (folder / "run").rename(folder / "whole").parent
 
@@ -141,5 +148,46 @@ def test_reports(cases: int, long: bool, world: Path, tmp_path: Path) -> None:
         broken(run, folder, changes, "kept")
         assert outcome("reports of runs", lambda: write_run_report(folder)) == "accepted"
         assert (folder / "report.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
+
+    fuzz(damage(records), body, cases, long=long)
+
+
+@pytest.fixture(scope="module")
+def others(world: Path) -> Path:
+    """whole-pipeline, and whole-eval: a student's evaluation."""
+    rows, model = world / "rows.jsonl", world / "student"
+    task = {"name": "sums", "path": str(rows), "grader": "last_number", "samples": 2}
+    plain = tree(model, None, rows, world / "whole-eval", evaluation={"tasks": [task]}, optim={"num_steps": 1})
+    evaluate(RunConfig.model_validate(plain), quiet=True)
+    second = {"name": "second", "method": "distill", "teacher": {"model": "@start"}}
+    plain |= {"output_dir": str(world / "whole-pipeline"), "phases": [{"name": "first", "method": "sft"}, second]}
+    pipeline(PipelineConfig.from_toml(write_toml(world / "plan.toml", plain)))
+    return world
+
+
+@pytest.mark.filterwarnings("ignore")
+@forms(20, 1_000)
+def test_evaluations(cases: int, long: bool, others: Path, tmp_path: Path) -> None:
+    run, folder = others / "whole-eval", tmp_path / "eval"
+    records = {name: data for name, data in contents_of(run).items() if name.startswith("evaluation/")}
+
+    def body(changes: dict[str, bytes | None]) -> None:
+        damaged(run, folder, changes, run.with_name("mark"))
+        outcome("evaluations compared", lambda: compare(run, folder).to_text())
+
+    fuzz(damage(records), body, cases, long=long)
+
+
+@pytest.mark.filterwarnings("ignore")
+@forms(20, 1_000)
+def test_pipelines(cases: int, long: bool, others: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report of a pipeline: its state has to be whole, the costs of phases are left out where they are not."""
+    run, folder = others / "whole-pipeline", tmp_path / "pipeline"
+    names = [name for name in contents_of(run) if name == "pipeline.json" or name.endswith("costs.json")]
+    records = {name: contents_of(run)[name] for name in names}
+
+    def body(changes: dict[str, bytes | None]) -> None:
+        damaged(run, folder, changes, run.with_name("mark"))
+        outcome("reports of pipelines", lambda: report(folder))
 
     fuzz(damage(records), body, cases, long=long)

@@ -79,7 +79,7 @@ def load_run(run_dir: Path) -> RunData:
     rows, problem = read_jsonl(run_dir / "metrics.jsonl")
     missing += [problem] if problem else []
     config = _read_config(run_dir / "config.toml", missing)
-    costs = _read_costs(run_dir / "costs.json", missing)
+    costs = read_costs(run_dir / "costs.json", missing)
     rollouts = _read_rollouts(run_dir / "rollouts", missing)
     alarms, problem = read_jsonl(run_dir / "guards.jsonl", _Alarm) if (run_dir / "guards.jsonl").is_file() else ([], "")
     missing += [problem] if "unreadable" in problem else []
@@ -160,7 +160,8 @@ def _read_config(path: Path, missing: list[str]) -> Mapping[str, Any]:
         return {}
 
 
-def _read_costs(path: Path, missing: list[str]) -> Mapping[str, Row]:
+def read_costs(path: Path, missing: list[str]) -> Mapping[str, Row]:
+    """Costs by role; what is wrong with the file is added to ``missing``."""
     if not path.is_file():
         missing.append("costs.json: no such file")
         return {}
