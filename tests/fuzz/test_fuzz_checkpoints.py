@@ -228,7 +228,7 @@ def test_folders(cases: int, long: bool, kind: str, good: Path, tmp_path: Path) 
 
     def body(changes: dict[str, bytes | None]) -> None:
         damaged(source, folder, changes, mark)
-        outcome(f"folders of {kind}", lambda: use(folder))
+        outcome(f"folders: {kind}", lambda: use(folder))
         assert not mark.exists(), "something in the folder was run"
 
     fuzz(damage(contents), body, cases, long=long)

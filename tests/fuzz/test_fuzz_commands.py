@@ -93,7 +93,7 @@ def test_configurations(
             return
         path = tmp_path / "run.toml"
         path.write_bytes(content)
-        used("commands, configurations", command, path, monkeypatch, capsys)
+        used("commands: configurations", command, path, monkeypatch, capsys)
 
     fuzz(st.tuples(data, COMMANDS), body, cases, long=long)
 
@@ -120,7 +120,7 @@ def test_files(
         rows.write_bytes(change if isinstance(change, bytes) else good)
         damaged(source, tmp_path / "student", change if isinstance(change, dict) else {}, mark)
         shutil.rmtree(tmp_path / "run-smoke", ignore_errors=True)
-        used("commands, files", command, path, monkeypatch, capsys)
+        used("commands: files", command, path, monkeypatch, capsys)
         assert not mark.exists()
 
     fuzz(st.tuples(st.one_of(broken_bytes(st.just(good)), damage(contents)), command), body, cases, long=long)

@@ -66,7 +66,7 @@ def test_configurations(
     def body(case: tuple[dict[str, Any], Method]) -> None:
         content, method = case
         path.write_text(tomli_w.dumps(content), encoding="utf-8", errors="surrogatepass")
-        examined("doctor, configurations", path, method)
+        examined("doctor: configurations", path, method)
 
     fuzz(st.tuples(changed_trees(valid_trees(material)), METHODS), body, cases, long=long)
 
@@ -98,7 +98,7 @@ def test_files(cases: int, long: bool, material: Path, tmp_path: Path, monkeypat
         rows.write_bytes(change if kind == "rows" else talk if kind == "templates" else good)
         template = {"chat_template.jinja": change.encode("utf-8", "replace")} if kind == "templates" else {}
         damaged(source, tmp_path / "student", change if kind == "models" else template, mark)
-        examined(f"doctor, {kind}", path, method)
+        examined(f"doctor: {kind}", path, method)
         assert not mark.exists()
 
     fuzz(st.tuples(kinds, METHODS), body, cases, long=long)

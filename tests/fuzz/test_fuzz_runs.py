@@ -99,13 +99,13 @@ def test_checkpoints(cases: int, long: bool, world: Path, tmp_path: Path) -> Non
         broken(run, folder, {f"checkpoints/step_000002/{name}": data for name, data in changes.items()}, sums)
         changed = {name for name, data in changes.items() if data != good[name] and name != SUMS_FILE}
         found: list[Any] = []
-        outcome("checkpoints", lambda: found.extend(newest_state(folder / "checkpoints")))
+        outcome("folders: checkpoints", lambda: found.extend(newest_state(folder / "checkpoints")))
         assert not run.with_name("mark").exists()
         if sums == "kept" and changed and SUMS_FILE not in changes:
             assert found[0] == 1, changes.keys()
             [what] = found[3].values()
             assert any(name in what for name in changed), what
-        note("checkpoints", f"sums {sums}") if long else None
+        note("folders: checkpoints", f"sums {sums}")
 
     fuzz(st.tuples(st.one_of(*[damage(good)] * 9, states), SUMS), body, cases, long=long)
 
@@ -125,9 +125,9 @@ def test_resumed(cases: int, long: bool, world: Path) -> None:
     def body(case: tuple[dict[str, bytes | None], str]) -> None:
         changes, sums = case
         broken(run, folder, changes, sums)
-        outcome("runs resumed", lambda: distill(config, resume=True, quiet=True))
+        outcome("folders: runs, resumed", lambda: distill(config, resume=True, quiet=True))
         assert not run.with_name("mark").exists()
-        note("runs resumed", f"sums {sums}") if long else None
+        note("folders: runs, resumed", f"sums {sums}")
 
     fuzz(
         st.tuples(st.one_of(damage(records), damage(own), changed_states(state, contents[state])), SUMS),
@@ -146,7 +146,7 @@ def test_reports(cases: int, long: bool, world: Path, tmp_path: Path) -> None:
 
     def body(changes: dict[str, bytes | None]) -> None:
         broken(run, folder, changes, "kept")
-        assert outcome("reports of runs", lambda: write_run_report(folder)) == "accepted"
+        assert outcome("reports: runs", lambda: write_run_report(folder)) == "accepted"
         assert (folder / "report.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
 
     fuzz(damage(records), body, cases, long=long)
@@ -173,7 +173,7 @@ def test_evaluations(cases: int, long: bool, others: Path, tmp_path: Path) -> No
 
     def body(changes: dict[str, bytes | None]) -> None:
         damaged(run, folder, changes, run.with_name("mark"))
-        outcome("evaluations compared", lambda: compare(run, folder).to_text())
+        outcome("reports: evaluations", lambda: compare(run, folder).to_text())
 
     fuzz(damage(records), body, cases, long=long)
 
@@ -188,6 +188,6 @@ def test_pipelines(cases: int, long: bool, others: Path, tmp_path: Path, monkeyp
 
     def body(changes: dict[str, bytes | None]) -> None:
         damaged(run, folder, changes, run.with_name("mark"))
-        outcome("reports of pipelines", lambda: report(folder))
+        outcome("reports: pipelines", lambda: report(folder))
 
     fuzz(damage(records), body, cases, long=long)
