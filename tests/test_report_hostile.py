@@ -144,6 +144,8 @@ def test_texts_are_all_there(tmp_path: Path) -> None:
     for text in TEXTS:
         assert visible_text(text) in page.texts["b"], text
     assert TEXTS[0] in page.texts["code"]
+    told = {text.strip() for text in page.texts["td"]}
+    assert {text.strip() for text in TEXTS if text.strip().isprintable()} <= told  # what a guard said
     alternatives = json.loads(page.values["data-k"][0])
     assert [row[0] for row in alternatives][: len(TEXTS)] == [visible_text(text).rstrip("\n") for text in TEXTS]
 

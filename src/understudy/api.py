@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from understudy.checkpoints import checkpoint_path, write_json
 from understudy.config import RunConfig, StudentConfig
 from understudy.costs import CostLedger, MeteredSampler
 from understudy.doctor.catalogue import look_before
-from understudy.errors import GuardStop, NonFiniteError, ServerError, ServerUnavailable
+from understudy.errors import ConfigError, GuardStop, NonFiniteError, ServerError, ServerUnavailable, first_line
 from understudy.evaluation import evaluate_tasks, outcome_metrics, task_outcomes, write_outcomes
 from understudy.loop import on_policy_loop, sample, score
 from understudy.mark_temperature import named_weights
@@ -142,7 +141,7 @@ def _run(
         )
         with parts.connections, stop.listening():
             if folder.state:
-                parts.trainer.load_state_dict(folder.state["trainer"])
+                _load_state(parts.trainer, folder)
             parts.sampler.set_policy_version(folder.first_step)
             folder.write_config(parts.config)
             recorder = Recorder(
@@ -181,6 +180,19 @@ def _named_teacher(config: RunConfig, checked: Checked, given: Given, name: str)
     if given.teachers is None and role.url is None:
         return None
     return named_weights(role, config.student.model, vocab_size=checked.vocab_size, most_bytes=2 * 2**30)
+
+
+def _load_state(trainer: Trainer, folder: RunFolder) -> None:
+    """Give the trainer what the checkpoint holds beside weights. Raises ConfigError where it does not fit."""
+    try:
+        trainer.load_state_dict(folder.state["trainer"])
+    except Exception as error:  # a trainer of your own may raise anything
+        raise ConfigError(
+            f"checkpoint {folder.checkpoint}",
+            got=f"a state of the trainer that it cannot take: {first_line(error)}",
+            expected="what this trainer saved there",
+            remedy="put the checkpoint back from a copy, or start anew in another output_dir",
+        ) from error
 
 
 def _finished(folder: RunFolder, row: Mapping[str, Any], interrupted_at: int | None) -> RunResult:
@@ -253,7 +265,7 @@ def _write_samples(folder: RunFolder, checked: Checked, samples: SampleFile, qui
     kept = samples.keep_whole_pieces(piece * sampling.group_size, len(prompts) * sampling.group_size)
     costs, costs_path = folder.costs, folder.path / "costs.json"
     if kept and costs_path.exists():
-        costs = CostLedger.from_json(json.loads(costs_path.read_text(encoding="utf-8")))
+        costs = CostLedger.read(costs_path)
     done = kept // sampling.group_size
     local = LocalSampler(model, stop_ids=checked.stop_ids, ends=checked.ends)
     metered = MeteredSampler(local, costs, "teacher_sampling", matmul_sizes(model)[0], counted_model(model))
