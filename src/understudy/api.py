@@ -161,6 +161,7 @@ def _run(
                 work(replace(parts, trainer=recorder.guarded(parts.trainer)), recorder)
             except (ServerError, NonFiniteError, GuardStop) as error:
                 # The weights are whole, and what is away may be back tomorrow.
+                stop.end()
                 step = recorder.save_after(error)
                 if step is None:
                     log.warning("%s: the weights are not finite and are not kept", folder.path)
