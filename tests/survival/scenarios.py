@@ -173,7 +173,7 @@ def _what_was_not_written(said: str) -> str:
     if match is None:
         assert "expected: a folder that this process can write in" in said, said
         return "output_dir"
-    assert re.search(r"No space left|File too large|file write failed|unexpected pos", match[0]), said
+    assert re.search(r"No space left|File too large|file write failed|unexpected pos|iostream error", match[0]), said
     return re.sub(r"step_\d+.*", "step_NNNNNN", match[1].removeprefix("run/"))
 
 
