@@ -251,7 +251,9 @@ def test_chart_counts_values_that_are_not_finite() -> None:
 ROUNDING = [(1e40, 0.3), (1e40 + 1e24, 0.1 + 0.2)]  # nothing else lies between them
 
 
-@pytest.mark.parametrize("points", [[(3.0, 0.0)], [(0.0, 5.0), (1.0, 5.0)], [(0.0, -2.0), (1.0, -1.0)], [(0.0, 0.0)], ROUNDING])
+@pytest.mark.parametrize(
+    "points", [[(3.0, 0.0)], [(0.0, 5.0), (1.0, 5.0)], [(0.0, -2.0), (1.0, -1.0)], [(0.0, 0.0)], ROUNDING]
+)
 @pytest.mark.parametrize("log_x", [False, True])
 def test_chart_survives_degenerate_ranges(points: list[tuple[float, float]], log_x: bool) -> None:
     svg = line_chart([Series("a", points)], title="t", x_label="x", y_label="y", log_x=log_x)
@@ -414,7 +416,8 @@ def test_run_report_survives_broken_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"teacher_logprobs": 3}, {"task": []}, {"reward": "high"}, {"completion_tokens": [1]}, {"loss_mask": "x"}]
+    "change",
+    [{"teacher_logprobs": 3}, {"task": []}, {"reward": "high"}, {"completion_tokens": [1]}, {"loss_mask": "x"}],
 )
 def test_stored_rollouts_of_another_form_are_left_out(change: dict[str, Any], tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")

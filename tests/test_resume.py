@@ -345,7 +345,10 @@ def test_a_damaged_checkpoint_is_named(material: Path, finished: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "got"),
     [
-        (lambda state: state["trainer"]["optimizer"]["state"].update({0: {"step": torch.zeros(3)}}), "optimizer state 0 of shapes"),
+        (
+            lambda state: state["trainer"]["optimizer"]["state"].update({0: {"step": torch.zeros(3)}}),
+            "optimizer state 0 of shapes",
+        ),
         (lambda state: state.update(trainer={}), "KeyError: 'optimizer'"),
         (lambda state: state["costs"].update(roles=[]), "roles: Input should be a valid dictionary"),
         (lambda state: state.pop("costs"), "Input should be a valid dictionary"),
