@@ -101,6 +101,8 @@ def test_checkpoints(cases: int, long: bool, world: Path, tmp_path: Path) -> Non
         found: list[Any] = []
         outcome("folders: checkpoints", lambda: found.extend(newest_state(folder / "checkpoints")))
         assert not run.with_name("mark").exists()
+        if sums != "kept" and STATE_FILE not in changes:
+            assert found[0] == 2, changes.keys()
         if sums == "kept" and changed and SUMS_FILE not in changes:
             assert found[0] == 1, changes.keys()
             [what] = found[3].values()

@@ -84,7 +84,7 @@ def log_x_axis(values: Sequence[float], start: float, end: float) -> Axis:
     if not positive:
         return linear_x_axis(values, start, end)
     low, high = min(positive), max(positive)
-    if high <= low:
+    if same(low, high):
         low, high = low / 2, high * 2
     gutter = ZERO_GUTTER if len(positive) < len(values) else 0.0
     return Axis(low, high, start, end, log_ticks(low, high), log=True, gutter=gutter)
