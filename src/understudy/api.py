@@ -92,7 +92,7 @@ def sft(config: RunConfig, *, trainer: Trainer | None = None, resume: bool = Fal
     # Evaluations sample here: nothing is sampled that would be worth a server.
     at_hand = {"sampler": None, "sampling": config.sampling.model_copy(update={"max_policy_lag": 0})}
     config = _without_teachers(config).model_copy(update=at_hand)
-    checked = check_run(config, "sft")
+    checked = check_run(config, "sft", brought=given.roles)
     examples = load_examples(config, checked.rows, checked.student, checked.stop_ids)
 
     def work(parts: Parts, recorder: Recorder) -> None:
@@ -107,7 +107,7 @@ def _without_teachers(config: RunConfig) -> RunConfig:
 
 
 def _on_policy(config: RunConfig, method: Method, given: Given, resume: bool, quiet: bool) -> RunResult:
-    checked = check_run(config, method, grader=given.grader)
+    checked = check_run(config, method, grader=given.grader, brought=given.roles)
 
     def work(parts: Parts, recorder: Recorder) -> None:
         on_policy_loop(parts, recorder)

@@ -150,7 +150,8 @@ class Case:
         """Everything that is known before weights are read. Raises ConfigError for whatever cannot work."""
         if self.checked:
             return self.checked
-        return self.once("whole", lambda: check_run(self.config, self.method, grader=self.given.grader))
+        given = self.given
+        return self.once("whole", lambda: check_run(self.config, self.method, grader=given.grader, brought=given.roles))
 
     @property
     def parts(self) -> Parts:
