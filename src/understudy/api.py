@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from understudy.samples import SampleFile
 from understudy.stopping import StopNow, StopRequest
 from understudy.supervised import load_examples, supervised_loop
 from understudy.tasks import Grader
-from understudy.types import Rollout
+from understudy.types import Rollout, TrainingExample
 
 log = logging.getLogger("understudy")
 
@@ -98,7 +98,7 @@ def sft(config: RunConfig, *, trainer: Trainer | None = None, resume: bool = Fal
     def work(parts: Parts, recorder: Recorder) -> None:
         supervised_loop(parts, examples, recorder)
 
-    return _run(config, "sft", checked, given, resume, quiet, work)
+    return _run(config, "sft", checked, given, resume, quiet, work, examples.own)
 
 
 def _without_teachers(config: RunConfig) -> RunConfig:
@@ -125,6 +125,7 @@ def _run(
     resume: bool,
     quiet: bool,
     work: Callable[[Parts, Recorder], None],
+    examples: Sequence[TrainingExample] = (),
 ) -> RunResult:
     """Take the folder, load, work, report. Nothing stays behind when preparation fails."""
     with RunFolder(config, method=method, resume=resume) as folder:
@@ -133,7 +134,7 @@ def _run(
         if folder.trained and kept and not folder.owes_evaluation:
             log.info("%s: all %d steps are done; raise optim.num_steps to go on", folder.path, steps)
             return _finished(folder, folder.last_row(), None)
-        look_before(folder.config, method, checked, given)
+        look_before(folder.config, method, checked, given, examples)
         if folder.checkpoint:
             log.info("%s: going on after step %d of %d", folder.path, folder.first_step, steps)
         stop = StopRequest(folder.config.checkpoints.stop_within_seconds)
