@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from understudy.samples import SampleFile
 from understudy.stopping import StopNow, StopRequest
 from understudy.supervised import load_examples, supervised_loop
 from understudy.tasks import Grader
-from understudy.types import Rollout
+from understudy.types import Rollout, TrainingExample
 
 log = logging.getLogger("understudy")
 
@@ -91,13 +91,13 @@ def sft(config: RunConfig, *, trainer: Trainer | None = None, resume: bool = Fal
     # Evaluations sample here: nothing is sampled that would be worth a server.
     at_hand = {"sampler": None, "sampling": config.sampling.model_copy(update={"max_policy_lag": 0})}
     config = _without_teachers(config).model_copy(update=at_hand)
-    checked = check_run(config, "sft")
+    checked = check_run(config, "sft", brought=given.roles)
     examples = load_examples(config, checked.rows, checked.student, checked.stop_ids)
 
     def work(parts: Parts, recorder: Recorder) -> None:
         supervised_loop(parts, examples, recorder)
 
-    return _run(config, "sft", checked, given, resume, quiet, work)
+    return _run(config, "sft", checked, given, resume, quiet, work, examples.own)
 
 
 def _without_teachers(config: RunConfig) -> RunConfig:
@@ -106,7 +106,7 @@ def _without_teachers(config: RunConfig) -> RunConfig:
 
 
 def _on_policy(config: RunConfig, method: Method, given: Given, resume: bool, quiet: bool) -> RunResult:
-    checked = check_run(config, method, grader=given.grader)
+    checked = check_run(config, method, grader=given.grader, brought=given.roles)
 
     def work(parts: Parts, recorder: Recorder) -> None:
         on_policy_loop(parts, recorder)
@@ -124,6 +124,7 @@ def _run(
     resume: bool,
     quiet: bool,
     work: Callable[[Parts, Recorder], None],
+    examples: Sequence[TrainingExample] = (),
 ) -> RunResult:
     """Take the folder, load, work, report. Nothing stays behind when preparation fails."""
     with RunFolder(config, method=method, resume=resume) as folder:
@@ -132,7 +133,7 @@ def _run(
         if folder.trained and kept and not folder.owes_evaluation:
             log.info("%s: all %d steps are done; raise optim.num_steps to go on", folder.path, steps)
             return _finished(folder, folder.last_row(), None)
-        look_before(folder.config, method, checked, given)
+        look_before(folder.config, method, checked, given, examples)
         if folder.checkpoint:
             log.info("%s: going on after step %d of %d", folder.path, folder.first_step, steps)
         stop = StopRequest(folder.config.checkpoints.stop_within_seconds)

@@ -35,7 +35,7 @@ from understudy.doctor.catalogue import CHECKS, look_before
 from understudy.preflight import check_run
 from understudy.worlds import assistant_demo, demos, ledger_demo
 from understudy.worlds.ledger import PAD
-from user import bpe_tokenizer, run_cli, save_model, word_tokenizer, write_rows, write_toml
+from user import bpe_tokenizer, run_cli, save_model, tree, word_tokenizer, write_rows, write_toml
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "doctor.md"
@@ -131,6 +131,15 @@ def test_warnings_are_one_line_each_and_failures_end_the_run(
     assert "0 B free" in refused.value.got
     assert "one checkpoint does not fit" in refused.value.expected
     assert not (tmp_path / "full").exists()
+
+
+def test_rows_that_sft_leaves_out_are_no_reason_to_refuse_the_others(tmp_path: Path):
+    save_model(tmp_path / "student", word_tokenizer())
+    long = [{"prompt": "w1 " * 40, "completion": "w2"}] * 70
+    rows = write_rows(tmp_path / "rows.jsonl", [*long, *({"prompt": f"w{i}", "completion": "w2"} for i in range(40))])
+    sections: Any = {"prompts": {"over_long": "skip"}, "supervised": {"max_tokens": 20}}
+    config = RunConfig.model_validate(tree(tmp_path / "student", None, rows, tmp_path / "run", **sections))
+    assert api.sft(config, quiet=True).metrics["step"] == 2
 
 
 def said_before(config: RunConfig, method: Any, caplog: pytest.LogCaptureFixture) -> list[str]:
