@@ -33,6 +33,7 @@ from understudy import ConfigError, RunConfig, api
 from understudy.config_pipeline import PipelineConfig
 from understudy.doctor.catalogue import CHECKS, look_before
 from understudy.preflight import check_run
+from understudy.supervised import supervised_examples
 from understudy.worlds import assistant_demo, demos, ledger_demo
 from understudy.worlds.ledger import PAD
 from user import bpe_tokenizer, run_cli, save_model, tree, word_tokenizer, write_rows, write_toml
@@ -148,8 +149,11 @@ def said_before(config: RunConfig, method: Any, caplog: pytest.LogCaptureFixture
 
     caplog.clear()
     checked = check_run(config, method)
+    examples = []
+    if method == "sft" and config.prompts:
+        examples = supervised_examples(checked.rows[:64], config.prompts, checked.student, checked.stop_ids)
     with caplog.at_level(logging.WARNING, logger="understudy"):
-        look_before(config, method, checked, Given())
+        look_before(config, method, checked, Given(), examples)
     return [message for message in caplog.messages if message.startswith("doctor")]
 
 

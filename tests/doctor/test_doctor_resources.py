@@ -92,6 +92,25 @@ def test_what_a_step_takes(world: Path):
     assert not (world / "run").exists()  # nothing is written
 
 
+def test_the_probe_does_an_update_again_that_does_not_fit(tmp_path: Path):
+    import torch
+
+    from understudy.backends.loading import load_student
+    from understudy.backends.local import LocalTrainer
+
+    class Cramped(LocalTrainer):
+        def forward_backward(self, batch: Any, objective: Any) -> Any:
+            if len(batch.input_ids) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return super().forward_backward(batch, objective)
+
+    for seed, role in enumerate(("student", "teacher")):
+        save_model(tmp_path / role, word_tokenizer(), seed=seed, context=64)
+    config = tiny_config(tmp_path)
+    report = look(config, trainer=Cramped(load_student(config.student), config.optim))
+    assert levels(report, "resources.steps") == ["pass"]
+
+
 @pytest.mark.parametrize("method", ["rl", "sft"])
 def test_other_methods_are_timed_too(method: Any, tmp_path: Path):
     for seed, role in enumerate(("student", "teacher")):

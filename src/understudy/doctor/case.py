@@ -30,8 +30,8 @@ FAST_ROWS = 20_000
 class Case:
     """One configuration under one method. Properties raise ConfigError or RunError, the same one each time.
 
-    ``checked``: what ``check_run`` has found, where it has run, and ``loaded`` what `sft` trains on; ``fast``: only what
-    needs a second.
+    ``checked``: what ``check_run`` has found, where it has run, and ``loaded`` what `sft` trains on; ``fast``: only
+    what needs a second.
     """
 
     config: RunConfig
