@@ -97,6 +97,12 @@ def run_page(folder: Path) -> Path:
         for step in range(3)
     ]
     lines(folder / "metrics.jsonl", rows)
+    places = [{"prompt_index": text, "file": text, "index": text} for text in TEXTS]
+    alarms = [
+        {"step": step, "guard": text, "action": text, "words": text, "causes": text, "rollouts": places}
+        for step, text in enumerate(TEXTS)
+    ]
+    lines(folder / "guards.jsonl", alarms)
     writable = [text for text in TEXTS if text.isprintable() or "\n" in text]
     config: dict[str, Any] = {"seed": 0, "student": {"model": TEXTS[0]}, "teacher": {"model": TEXTS[1]}}
     config["prompts"] = {text: text for text in writable}

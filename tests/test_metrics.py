@@ -10,6 +10,7 @@ import torch
 from tiny import prompt_of, rollout_of
 from understudy.config_objective import ObjectiveConfig
 from understudy.divergences import KINDS, Divergence
+from understudy.errors import ConfigError
 from understudy.lm_head import LMHead
 from understudy.losses import cispo_loss, importance_sampling_loss, ppo_loss
 from understudy.metrics import (
@@ -255,6 +256,34 @@ def test_the_log_survives_a_crash_and_forgets_later_steps(tmp_path: Path) -> Non
     log.truncate_after(2)
     log.append({"step": 3, "loss": 0.0})
     assert read_metrics(log.path) == [{"step": 1, "loss": 0.125}, {"step": 2, "loss": 0.25}, {"step": 3, "loss": 0.0}]
+
+
+@pytest.mark.parametrize(
+    ("line", "got"),
+    [
+        (b'{"step": 2, "loss"', "Expecting ':' delimiter"),
+        (b"\xff\xfe", "can't decode byte 0xff"),
+        (b"[2]", "[2]"),
+        (b'{"loss": 0.5}', "{'loss': 0.5}"),
+        (b'{"step": 2, "loss": "low"}', "loss = 'low'"),
+        (b'{"step": 2, "loss": 1e999}', "1e999, which is too large"),
+    ],
+)
+def test_a_damaged_line_is_named(line: bytes, got: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 0.125}\n' + line + b'\n{"step": 3}\n')
+    with pytest.raises(ConfigError) as refused:
+        read_metrics(path)
+    assert refused.value.where == f"{path}:2"
+    assert got in refused.value.got
+
+
+def test_alarms_hold_more_than_numbers(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "guards.jsonl")
+    for step in (1, 2):
+        log.append({"step": step, "guard": "entropy"})
+    log.truncate_after(1)
+    assert log.path.read_text() == '{"step": 1, "guard": "entropy"}\n'
 
 
 def test_numbers_that_json_lacks_are_refused(tmp_path: Path) -> None:

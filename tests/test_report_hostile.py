@@ -160,6 +160,8 @@ def test_texts_are_all_there(tmp_path: Path) -> None:
     assert TEXTS[0] in page.texts["code"]
     for packed in page.values["data-credit"]:
         assert set(TEXTS) <= set(json.loads(packed)["texts"])
+    told = {text.strip() for text in page.texts["td"]}
+    assert {text.strip() for text in TEXTS if text.strip().isprintable()} <= told  # what a guard said
 
 
 def test_the_page_of_token_credit_has_them_too(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import numpy as np
 from understudy.checkpoints import flush, write_atomic, writing
 from understudy.config_objective import ObjectiveConfig
 from understudy.divergences import KINDS
+from understudy.errors import ConfigError, first_line
+from understudy.json_text import parsed
 from understudy.types import Rollout, ScoredRollout, Scores, TrainingExample
 
 _DEFAULTS = ObjectiveConfig()
@@ -40,17 +42,38 @@ class MetricsLog:
     def truncate_after(self, step: int) -> None:
         """Drop rows of later steps, and a last line cut by a crash: they will be written again."""
         if self.path.exists():
-            rows = [row for row in read_metrics(self.path) if row["step"] <= step]
+            rows = [row for row in _rows_of_steps(self.path) if row["step"] <= step]
             write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows in order; a half-written last line is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
+    """Rows in order; a half-written last line is left out. Raises ConfigError for one that is no row of a step."""
+    rows = _rows_of_steps(path)
+    for number, row in enumerate(rows, 1):
+        if odd := [name for name, value in row.items() if type(value) not in (int, float)]:
+            raise _no_row(path, number, f"{odd[0]} = {row[odd[0]]!r}")
     return rows
+
+
+def _rows_of_steps(path: Path) -> list[dict[str, Any]]:
+    """Objects with a step, in order."""
+    rows = []
+    *lines, _ = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            row = parsed(line)
+            got = repr(row)
+        except ValueError as error:
+            row, got = None, first_line(error)
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise _no_row(path, number, got)
+        rows.append(row)
+    return rows
+
+
+def _no_row(path: Path, number: int, got: str) -> ConfigError:
+    expected, remedy = 'numbers of a step, {"step": 1, ...}', "put the file back from a copy, or delete that line"
+    return ConfigError(f"{path}:{number}", got=got, expected=expected, remedy=remedy)
 
 
 def rollout_metrics(

@@ -39,7 +39,7 @@ def disk(case: Case) -> Iterator[Found]:
         f"{_size(free)} free in {folder}; {count} checkpoints of {_size(weights)} at a time, with optimizer state, and "
         f"{_size(_REST)} for the rest"
     )
-    level = "fail" if weights + _REST > free else "warn" if needed > free else "pass"
+    level = "fail" if weights > free else "warn" if needed > free else "pass"
     yield Found(level, evidence, numbers)
 
 
@@ -116,13 +116,13 @@ def _plan(case: Case) -> PlanConfig:
     from understudy.config_plan import PlanConfig, tree_of_run
 
     tree = tree_of_run(case.config, prompt_tokens=None, completion_tokens=None)
-    kinds = {"distill": "distill", "rl": "rl", "sft": "sft"}
-    method = dict(next(iter(tree["methods"].values())))
-    method |= {"kind": kinds[case.method]}
-    if case.method != "distill":
+    # Without a teacher (objective.control) a step has the phases of `rl`.
+    kind = "rl" if case.method == "distill" and not case.teacher_names else case.method
+    method = dict(next(iter(tree["methods"].values()))) | {"kind": kind}
+    if kind != "distill":
         tree["teacher"] = None
         method.pop("estimator", None)
-    return PlanConfig.model_validate(tree | {"methods": {case.method: method}})
+    return PlanConfig.model_validate(tree | {"methods": {kind: method}})
 
 
 def _phases(case: Case, planned: Mapping[str, Any], device: str) -> tuple[dict[str, float], float]:
@@ -212,12 +212,11 @@ def _supervised_step(case: Case, parts: Parts, size: int, step: int) -> None:
 
 
 def _update(parts: Parts, examples: Sequence[TrainingExample], objective: Any, step: int) -> None:
-    from understudy.batching import micro_batches
-    from understudy.optimizer_step import learning_rate_at, optimizer_step
+    from understudy.optimizer_step import learning_rate_at
+    from understudy.updates import Updates
 
-    batches = micro_batches(examples, **parts.batching)
-    rate = learning_rate_at(parts.config.optim, step)
-    optimizer_step(parts.trainer, batches, objective, learning_rate=rate, reduction=parts.config.objective.reduction)
+    rate, reduction = learning_rate_at(parts.config.optim, step), parts.config.objective.reduction
+    Updates(parts.trainer, parts.batching).make(examples, objective, learning_rate=rate, reduction=reduction)
 
 
 CHECKS = (

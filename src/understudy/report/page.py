@@ -115,10 +115,17 @@ def finite_number(value: object) -> float | None:
 def points(rows: Iterable[Row], key: str, x_key: str = "step") -> list[tuple[float, float]]:
     """(x, y) of the rows that hold ``key``; NaN stays, so that a chart can say that it was there."""
     return [
-        (float(row[x_key]), float(row[key]))
+        (_drawn(row[x_key]), _drawn(row[key]))
         for row in rows
         if isinstance(row.get(key), int | float) and isinstance(row.get(x_key), int | float)
     ]
+
+
+def _drawn(value: float) -> float:
+    """Without magnitudes that no axis has, and whose differences and quotients no float holds."""
+    if abs(value) > 1e100:
+        return math.inf if value > 0 else -math.inf
+    return float(value) if abs(value) > 1e-100 or math.isnan(value) else 0.0
 
 
 def series(rows: Sequence[Row], key: str, name: str, *, error_key: str = "", x_key: str = "step") -> Series:
