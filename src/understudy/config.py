@@ -16,6 +16,7 @@ import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from understudy.config_base import Section, read_toml, set_dotted, toml_value
+from understudy.config_kept import CheckpointsConfig, RolloutsConfig, TrackingConfig
 from understudy.config_objective import ObjectiveConfig
 from understudy.config_rows import PromptsConfig, RowsConfig
 from understudy.config_served import SamplerServerConfig, ServerConfig
@@ -202,26 +203,6 @@ class EvaluationConfig(Section):
     """[[evaluation.tasks]] tables."""
 
 
-class CheckpointsConfig(Section):
-    """Folders that any Hugging Face or PEFT code loads, with optimizer state for --resume."""
-
-    every: int = Field(default=50, ge=1)
-    """In optimizer steps; the last step is always kept."""
-    keep: int = Field(default=2, ge=1)
-    """How many to keep."""
-
-
-class RolloutsConfig(Section):
-    """Scored rollouts kept on disk for pages."""
-
-    every: int = Field(default=10, ge=1)
-    """In optimizer steps; first and last steps always."""
-    per_step: int = Field(default=16, ge=0)
-    """Rollouts kept per such step."""
-    topk: int = Field(default=5, ge=0)
-    """The teacher's best alternatives kept per token."""
-
-
 class RunConfig(Section):
     """Everything a run needs. `distill`, `rl`, `sft`, `generate` and `eval` read the same tree."""
 
@@ -250,6 +231,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     rollouts: RolloutsConfig = RolloutsConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="before")
     @classmethod

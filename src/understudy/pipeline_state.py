@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import shutil
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from understudy.checkpoints import write_json
 from understudy.config_base import Section
 from understudy.config_pipeline import GateConfig, PhaseMethod, PipelineConfig, runs_of
 from understudy.errors import ConfigError
-from understudy.runs import RESUMABLE, flat
+from understudy.runs import RESUMABLE, flat, lock_exclusively
 
 log = logging.getLogger("understudy")
 
@@ -96,7 +95,7 @@ def exclusive_folder(path: Path, resume: bool) -> Iterator[None]:
         raise refuse(str(error), "a folder that this process can write in", "choose another output_dir") from None
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_exclusively(lock)
         except BlockingIOError:
             remedy = "wait for the other one to end, or choose another output_dir"
             raise refuse("another process is working there", "a folder of this pipeline's own", remedy) from None

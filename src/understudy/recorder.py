@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from understudy.backends.protocols import Teacher, Trainer
 from understudy.checkpoints import checkpoint_path
 from understudy.errors import ServerUnavailable
+from understudy.live.follow import title_of
 from understudy.progress import StepProgress
 from understudy.rollout_store import rollout_record
 from understudy.runs import RunFolder, StopRequest
 from understudy.teacher_scores import score_reachable
 from understudy.tokenization import ModelText
+from understudy.trackers import Trackers
 from understudy.types import Rollout, ScoredRollout, Scores, TokenSequence, TopkScores, TrainingExample
 
 if TYPE_CHECKING:
@@ -42,17 +44,39 @@ class Recorder:
         self.last_step = folder.first_step
         self.last_row: dict[str, Any] = folder.last_row()
         self.interrupted_at: int | None = None
+        self._trackers = Trackers(config.tracking, folder.path, config, goes_on_after=self._goes_on_after)
         self._progress = StepProgress(
-            folder.method, first_step=self.first_step, num_steps=config.optim.num_steps, quiet=quiet
+            folder.method,
+            first_step=self.first_step,
+            num_steps=config.optim.num_steps,
+            quiet=quiet,
+            title=title_of(folder.path, folder.method),
+            history=folder.rows(),
+            stop=stop,
         )
 
+    @property
+    def _goes_on_after(self) -> int | None:
+        return self.first_step if self._folder.checkpoint else None
+
     def start(self) -> None:
-        """Evaluate the untrained student, once per run; or the student that a run could not evaluate before it
-        ended."""
+        """Begin to show and to track; evaluate the untrained student, once per run, or the student that a run could not
+        evaluate before it ended."""
+        self._trackers.start()
+        self._progress.start()
         if self._folder.checkpoint is None and self._config.evaluation.tasks:
-            self._progress.update(self._folder.record(0, self._evaluate()))
+            self._show(self._folder.record(0, self._evaluated()))
         elif self._folder.owes_evaluation:
-            self.last_row = self._folder.amend(self._evaluate())
+            self.last_row = self._folder.amend(self._evaluated())
+            self._show(self.last_row)
+
+    def _evaluated(self) -> Mapping[str, float]:
+        with self._progress.saying("evaluating"):
+            return self._evaluate()
+
+    def _show(self, row: Mapping[str, Any]) -> None:
+        self._progress.update(row, cost=self._folder.costs.total("flops"))
+        self._trackers.log(row)
 
     def record(self, step: int, row: Mapping[str, Any]) -> None:
         """Log an update as soon as it is made. From here on the run can go on after it, whatever fails next."""
@@ -63,10 +87,11 @@ class Recorder:
         step, config = self.last_step, self._config
         last = step == config.optim.num_steps
         if self._folder.evaluation_is_due(step):
-            self.last_row = self._folder.amend(self._evaluate())
-        self._progress.update(self.last_row)
+            self.last_row = self._folder.amend(self._evaluated())
+        self._show(self.last_row)
         if last or self._stop.requested or step % config.checkpoints.every == 0:
-            self._folder.save_checkpoint(step, self._trainer, self._student.tokenizer)
+            with self._progress.saying("saving a checkpoint"):
+                self._folder.save_checkpoint(step, self._trainer, self._student.tokenizer)
         if self._stop.requested and not last:
             self.interrupted_at = step
             return "stop"
@@ -93,13 +118,14 @@ class Recorder:
             alternatives = self._alternatives_of([s.rollout for s in kept], topk)
         logprobs = self._trainer.compute_logprobs(sequences)
         columns = zip(kept, examples[: len(kept)], logprobs, alternatives, strict=True)
-        self._folder.save_rollouts(
-            step,
-            [
-                self._record(step, number % self._config.sampling.group_size, *column)
-                for number, column in enumerate(columns)
-            ],
-        )
+        records = [
+            self._record(step, number % self._config.sampling.group_size, *column)
+            for number, column in enumerate(columns)
+        ]
+        self._folder.save_rollouts(step, records)
+        if records:
+            self._progress.show_sample(records[0])
+            self._trackers.log_samples(step, records)
 
     def _alternatives_of(self, rollouts: Sequence[Rollout], topk: int) -> Sequence[Scores | None]:
         """None for those of a teacher that is away, and may be: what pages show stops no run."""
@@ -139,5 +165,6 @@ class Recorder:
         )
 
     def close(self) -> None:
-        """End the progress display."""
+        """End the display and let trackers finish."""
         self._progress.close()
+        self._trackers.close(finished=self.last_step == self._config.optim.num_steps)

@@ -13,6 +13,7 @@ import platform
 import re
 import shutil
 import signal
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -49,6 +50,7 @@ RESUMABLE = (
     "checkpoints",
     "evaluation",
     "rollouts",
+    "tracking",
 )
 
 # How a server is reached may change too: a run goes on when its teacher has moved.
@@ -153,7 +155,7 @@ class RunFolder:
     def _take_lock(self) -> IO[str]:
         lock = (self.path / ".lock").open("w", encoding="utf-8")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_exclusively(lock)
         except BlockingIOError:
             lock.close()
             raise ConfigError(
@@ -252,9 +254,13 @@ class RunFolder:
         due = self.checkpoint is not None and self.evaluation_is_due(self.first_step)
         return due and row.get("step") == self.first_step and not any(name.startswith("eval/") for name in row)
 
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows of metrics."""
+        return read_metrics(self.metrics.path) if self.metrics.path.exists() else []
+
     def last_row(self) -> dict[str, Any]:
         """The newest row of metrics; empty before the first."""
-        rows = read_metrics(self.metrics.path) if self.metrics.path.exists() else []
+        rows = self.rows()
         return rows[-1] if rows else {}
 
     def save_rollouts(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
@@ -277,10 +283,21 @@ def _moved(stored: ServerConfig | None, given: ServerConfig | None) -> ServerCon
     return stored.model_copy(update={key: getattr(given, key) for key in _OF_SERVERS if hasattr(given, key)})
 
 
+def lock_exclusively(file: IO[Any]) -> None:
+    """Lock a folder's ``.lock``, for as long as the file is open. Raises BlockingIOError where another process has
+    it."""
+    for _ in range(5):
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.02)  # `understudy watch` looks whether somebody is at work, and is gone again
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def remove_run(path: Path) -> None:
     """Delete a run's folder, unless a process is writing there."""
     with contextlib.suppress(BlockingIOError), (path / ".lock").open("w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_exclusively(lock)
         shutil.rmtree(path)
 
 
@@ -298,10 +315,14 @@ def flat(config: RunConfig) -> dict[str, Any]:
 
 
 class StopRequest:
-    """Turns the first Ctrl-C (or SIGTERM) into a request to finish the step; the second one is immediate."""
+    """Turns the first Ctrl-C (or SIGTERM) into a request to finish the step; the second one is immediate.
+
+    ``shown``: a display says so, and a line in the middle of it would spoil it.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self.shown = False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -320,5 +341,7 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        if self.shown:
+            return
         # Not print: a handler may run in the middle of another write to the same stream.
         os.write(2, b"\nstopping: this step is finished and saved first; Ctrl-C again stops at once\n")

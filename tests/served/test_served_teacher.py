@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from fault_proxy import Schedule, faulty
 from serving import CONTEXT, WIDTH, listening, load_engine, make_checkpoint, random_sequences
 
+from fault_proxy import Schedule, faulty
 from understudy.backends.language_model import LanguageModel
 from understudy.backends.loading import load_model
 from understudy.backends.local import LocalTeacher
