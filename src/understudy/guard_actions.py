@@ -37,10 +37,10 @@ NAMED, LOOKED_AT = 3, 32
 
 class GuardWatch:
     """The guards of one run: ``inspect`` before an update, ``refuses`` when its gradient is known, ``record`` after
-    it."""
+    it. ``tell`` is called with every alarm as it is stored."""
 
-    def __init__(self, folder: RunFolder, config: RunConfig) -> None:
-        self._folder, self._config, self._guards = folder, config, config.guards
+    def __init__(self, folder: RunFolder, config: RunConfig, tell: Callable[[Mapping[str, Any]], None]) -> None:
+        self._folder, self._config, self._guards, self._to_others = folder, config, config.guards, tell
         sampling = config.sampling
         self._per_step = sampling.group_size * sampling.groups_per_batch
         path = folder.metrics.path
@@ -142,19 +142,19 @@ class GuardWatch:
 
     def _tell(self, finding: Finding, action: str) -> None:
         log.warning("%s", self._message(finding))
-        self._folder.alarms.append(
-            {
-                "step": self._step,
-                "guard": finding.guard,
-                "action": action,
-                "metric": finding.metric,
-                "value": finding.value if math.isfinite(finding.value) else None,
-                "limit": finding.limit if math.isfinite(finding.limit) else None,
-                "words": finding.words,
-                "causes": finding.causes,
-                "rollouts": self._rollouts(finding),
-            }
-        )
+        alarm = {
+            "step": self._step,
+            "guard": finding.guard,
+            "action": action,
+            "metric": finding.metric,
+            "value": finding.value if math.isfinite(finding.value) else None,
+            "limit": finding.limit if math.isfinite(finding.limit) else None,
+            "words": finding.words,
+            "causes": finding.causes,
+            "rollouts": self._rollouts(finding),
+        }
+        self._folder.alarms.append(alarm)
+        self._to_others(alarm)
 
     def _message(self, finding: Finding) -> str:
         return (
