@@ -39,7 +39,7 @@ class TrackingConfig(Section):
     business, and are never stored."""
 
     trackers: tuple[TrackerName, ...] = ()
-    """Each needs the extra of its name. One that fails is dropped with a warning; the run goes on."""
+    """Each needs the extra of its name. One that fails later is dropped with a warning; the run goes on."""
     project: str = Field(default="understudy", min_length=1)
     """Project or experiment that the run is listed in."""
     run_name: str | None = Field(default=None, min_length=1)

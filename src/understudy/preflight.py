@@ -99,7 +99,8 @@ def check_run(config: RunConfig, method: Method, *, grader: Grader | None = None
 
 
 def check_machine(config: RunConfig, method: Method) -> None:
-    """Raise ConfigError for what this machine lacks: devices that are named, and the package that adapters need."""
+    """Raise ConfigError for what this machine lacks: devices that are named, and packages that adapters and trackers
+    need."""
     teachers = [*config.all_teachers.values()] if method == "distill" else []
     teachers += [config.reference] if config.reference and method in ("distill", "rl") else []
     models = [config.teacher] if method == "generate" and config.teacher else [config.student, *teachers]
@@ -114,6 +115,15 @@ def check_machine(config: RunConfig, method: Method) -> None:
             expected="peft, for adapters",
             remedy='pip install "understudy[lora]"',
         )
+    trackers = config.tracking.trackers if method in ("distill", "rl", "sft") else ()
+    for name in trackers:  # each is the name of its package too
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"tracking.trackers: {name}",
+                got=f"the package `{name}` is not installed",
+                expected="the packages of all trackers that are named",
+                remedy=f'pip install "understudy[{name}]"',
+            )
     for model in models:
         if getattr(model, "url", None) is None:
             role = "student" if model is config.student else "reference" if model is config.reference else "teacher"

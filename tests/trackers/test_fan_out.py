@@ -203,6 +203,8 @@ def test_a_training_run_with_a_tracker(tmp_path: Path, monkeypatch: pytest.Monke
     model = save_model(tmp_path / "model", bpe_tokenizer())
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "1 + 1 ="}])
     memory = Memory()
+    (tmp_path / "trackio.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
     # What a tracker's module is to the package.
     module = ModuleType("fake")
     module.open_run = memory  # type: ignore[attr-defined]

@@ -14,10 +14,17 @@ import pytest
 
 from terminal import Terminal
 from understudy import RunConfig
-from understudy.trackers import Trackers
+from understudy.trackers import Trackers, fan_out
 
 # The packages warn of many things of their own.
 pytestmark = [pytest.mark.trackers, pytest.mark.filterwarnings("default")]
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take their time to import, too."""
+    monkeypatch.setattr(fan_out, "CUT_SECONDS", 120.0)
+
 
 RECORD = {
     "prompt_index": 3,
@@ -28,6 +35,7 @@ RECORD = {
     "completion_text": "<script>alert(1)</script>",
 }
 ALARM = {"step": 2, "guard": "length", "action": "warn", "words": "completion_length/mean is 9", "causes": "a loop"}
+SAID = "completion_length/mean is 9"
 
 
 def row(step: int) -> dict[str, float]:
@@ -76,6 +84,7 @@ def test_tensorboard(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     texts = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
     assert RECORD["completion_text"] in texts["rollouts/text_summary"]
     assert "| student.model | m |" in texts["config/text_summary"]
+    assert SAID in texts["alarms/length/text_summary"]
 
 
 def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -92,6 +101,8 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
     [page] = sessions[0].rglob("rollouts_*.html")
     assert "&lt;script&gt;" in page.read_text()
     assert "<script>" not in page.read_text()
+    [alarm] = [path for path in sessions[0].rglob("*.html") if path != page]
+    assert SAID in alarm.read_text()
 
 
 def _wandb_records(path: Path) -> list[Any]:
@@ -144,6 +155,7 @@ def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest
     assert dict(found) == losses(range(8))
     [text] = [entry["rollouts"] for entry in rows if "rollouts" in entry]
     assert RECORD["completion_text"] in str(text)
+    assert [SAID in str(entry["alarms/length"]) for entry in rows if "alarms/length" in entry] == [True]
 
 
 @pytest.mark.parametrize("store", ["file", "sqlite"])
@@ -167,6 +179,8 @@ def test_mlflow(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert "eval/a/t1_pass_at_2" in run.data.metrics
     path = client.download_artifacts(run.info.run_id, "rollouts/step_000002.md", str(tmp_path))
     assert RECORD["completion_text"] in Path(path).read_text()
+    path = client.download_artifacts(run.info.run_id, "alarms/length/step_000002.md", str(tmp_path))
+    assert SAID in Path(path).read_text()
 
 
 WITHOUT_A_KEY = """

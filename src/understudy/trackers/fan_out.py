@@ -29,7 +29,7 @@ ID_FILE = "tracking.json"
 MOST_WAITING = 2000
 # What a run that is done waits for the last uploads, and what one that was stopped, or failed, does: whoever stopped it
 # may kill it soon, and --resume sends what is missing.
-FINISHED_SECONDS, CUT_SECONDS = 120.0, 5.0
+FINISHED_SECONDS, CUT_SECONDS = 120.0, 10.0
 # Addresses and the names of variables that hold keys say nothing about a run's numbers.
 _LEFT_OUT = re.compile(r"(^|\.)(url|api_key_env|weights_dir|cache|output_dir)$|^tracking\.")
 
