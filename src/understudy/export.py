@@ -9,13 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from understudy.checkpoints import STATE_FILE, list_checkpoints, write_json
+from understudy.checkpoints import STATE_FILE, SUMS_FILE, damage, list_checkpoints, write_json
 from understudy.config import RunConfig
 from understudy.errors import ConfigError
 from understudy.metrics import read_metrics
 from understudy.model_card import Exported, base_on_hub, card, curves, is_hub_id
 from understudy.tokenization import adapter_base
 
+# What only a resumed run needs, and peft's own card, which the run's replaces.
+_LEFT = (STATE_FILE, SUMS_FILE, "README.md")
 # Keys of the model's own files that hold where it was loaded from.
 _ORIGINS = ("_name_or_path", "name_or_path", "base_model_name_or_path", "tokenizer_file", "vocab_file")
 
@@ -35,7 +37,8 @@ def export(
     the base model's precision. ``base_model`` is what the base is called on the hub, where the run read it from a
     folder. ``evaluations``: output_dirs of `understudy eval` of this checkpoint.
 
-    Raises ConfigError for what is not there and what would not load elsewhere; ``out`` is whole or not there.
+    Raises ConfigError for what is not there, is not as the run wrote it, or would not load elsewhere; ``out`` is whole
+    or not there.
     """
     config = _config_of(run)
     at, checkpoint = _checkpoint(run, step)
@@ -48,13 +51,14 @@ def export(
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     if merge:
-        _merge(checkpoint, partial)
+        _merge(checkpoint, partial, config)
     else:
         _copy(checkpoint, partial)
     adapters = adapter_base(partial) is not None
     base = base_model or base_on_hub(run)
     _tidy(partial, base)
     ends = _generation_config(checkpoint, partial, config)
+    alarms = [alarm for alarm in _alarms(run) if alarm["step"] <= at]
     costs = _costs(run, checkpoint)
     write_json(partial / "costs.json", costs)
     images = curves(rows)
@@ -71,6 +75,7 @@ def export(
         ends=ends,
         versions=_versions(run),
         separate={path.name: metrics for path, metrics in separate.items()},
+        alarms=alarms,
     )
     (partial / "README.md").write_text(card(what, config, rows, costs["roles"], list(images)), encoding="utf-8")
     _refuse_local_paths(partial, run)
@@ -102,6 +107,13 @@ def _checkpoint(run: Path, step: int | None) -> tuple[int, Path]:
             remedy="train it first" if not found else f"--step {max(found)}, or leave --step out for the newest",
         )
     at = max(found) if step is None else step
+    if (got := damage(found[at])) is not None:
+        raise ConfigError(
+            f"checkpoint {found[at]}",
+            got=got,
+            expected="the files that the run saved there",
+            remedy="put it back from a copy, or choose another --step",
+        )
     return at, found[at]
 
 
@@ -164,15 +176,13 @@ def _evaluation(folder: Path, checkpoint: Path) -> Mapping[str, float]:
 
 
 def _copy(checkpoint: Path, out: Path) -> None:
-    """Everything but what only a resumed run needs. peft's own card is replaced by the run's."""
     for path in checkpoint.iterdir():
-        if path.name in (STATE_FILE, "README.md"):
-            continue
-        copy = shutil.copytree if path.is_dir() else shutil.copyfile
-        copy(path, out / path.name)
+        if path.name not in _LEFT:
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile
+            copy(path, out / path.name)
 
 
-def _merge(checkpoint: Path, out: Path) -> None:
+def _merge(checkpoint: Path, out: Path, config: RunConfig) -> None:
     import torch
     from transformers import AutoConfig, AutoTokenizer
 
@@ -181,9 +191,11 @@ def _merge(checkpoint: Path, out: Path) -> None:
     base = adapter_base(checkpoint)
     assert base is not None
     # In float32, and only then rounded: adapters are small beside the weights they are added to.
-    model: Any = load_model(str(checkpoint), role="student", dtype=torch.float32, device=torch.device("cpu"))
-    model.to(AutoConfig.from_pretrained(base).dtype or torch.float32).save_pretrained(out)
-    AutoTokenizer.from_pretrained(str(checkpoint)).save_pretrained(out)
+    cpu, trust = torch.device("cpu"), config.student.trust_remote_code
+    model: Any = load_model(str(checkpoint), role="student", dtype=torch.float32, device=cpu, trust_remote_code=trust)
+    dtype = AutoConfig.from_pretrained(base, trust_remote_code=trust).dtype
+    model.to(dtype or torch.float32).save_pretrained(out)
+    AutoTokenizer.from_pretrained(str(checkpoint), trust_remote_code=trust).save_pretrained(out)
 
 
 def _tidy(out: Path, base: str | None) -> None:
@@ -212,7 +224,8 @@ def _generation_config(checkpoint: Path, out: Path, config: RunConfig) -> tuple[
     try:
         generation = GenerationConfig.from_pretrained(source)
     except OSError:  # the model has none; transformers derives one
-        generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(source))
+        own_config = AutoConfig.from_pretrained(source, trust_remote_code=config.student.trust_remote_code)
+        generation = GenerationConfig.from_model_config(own_config)
     ends = tuple(config.sampling.stop_token_ids or ())
     own = generation.eos_token_id
     own = {own} if isinstance(own, int) else set(own or ())
@@ -231,6 +244,11 @@ def _costs(run: Path, checkpoint: Path) -> dict[str, Any]:
         # Mapped: the optimizer's numbers, twice the weights, are not read.
         return torch.load(state, map_location="cpu", weights_only=True, mmap=True)["costs"]
     return json.loads((run / "costs.json").read_text(encoding="utf-8"))
+
+
+def _alarms(run: Path) -> list[dict[str, Any]]:
+    path = run / "guards.jsonl"
+    return read_metrics(path) if path.exists() else []
 
 
 def _method(run: Path) -> str:

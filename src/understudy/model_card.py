@@ -36,7 +36,7 @@ _EVALUATION = re.compile(r"eval/(?P<task>[^/]+)/(?P<decoding>greedy|t[\d.e+-]+)"
 @dataclass(frozen=True)
 class Exported:
     """What was exported. ``base``: the base model's hub id, None where it has none; ``ends``: ids that end a
-    completion; ``separate``: metrics of evaluations by the names of their folders."""
+    completion; ``separate``: metrics of evaluations by the names of their folders; ``alarms``: the guards'."""
 
     name: str
     method: str
@@ -47,6 +47,7 @@ class Exported:
     ends: tuple[int, ...]
     versions: str
     separate: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    alarms: Sequence[Row] = ()
 
 
 def is_hub_id(name: str) -> bool:
@@ -98,8 +99,14 @@ def curves(rows: Sequence[Row]) -> dict[str, str]:
             charts[name] = line_chart(
                 [Series(title, points(key))], title=title, x_label="optimizer steps", y_label=unit
             )
-    # A file of its own says what it is; inside a page that is known.
-    return {name: svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1) for name, svg in charts.items()}
+    return {name: _standing_alone(svg) for name, svg in charts.items()}
+
+
+def _standing_alone(svg: str) -> str:
+    """A page's chart as a file: it says what it is, in a font and on a ground of its own, which a dark page needs."""
+    head, rest = svg.split(">", 1)
+    head = head.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" ', 1)
+    return f'{head}><rect width="100%" height="100%" fill="#fff"/>{rest}'
 
 
 def _file_name(text: str) -> str:
@@ -117,6 +124,7 @@ def card(
         _usage(what),
         _results(what, rows),
         _training(config, rows),
+        _alarms(what.alarms),
         _curves(images),
         _costs(costs, what.step),
         _limits(what),
@@ -245,6 +253,13 @@ def _training(config: RunConfig, rows: Sequence[Row]) -> str:
             ends.append([title, unit, f"{known[0]:.4g}", f"{known[-1]:.4g}"])
     parts = ["## Training", _table(["setting", "value"], [list(pair) for pair in settings.items()])]
     return "\n\n".join(parts + ([_table(["metric", "unit", "first step", "last step"], ends)] if ends else []))
+
+
+def _alarms(alarms: Sequence[Row]) -> str:
+    if not alarms:
+        return ""
+    rows = [[str(alarm["step"]), alarm["guard"], alarm["action"], alarm["words"]] for alarm in alarms]
+    return "The guards' alarms:\n\n" + _table(["step", "guard", "action", "what"], rows)
 
 
 def _curves(images: Sequence[str]) -> str:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import struct
 import sys
-import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
+from read_back import wandb_losses, wandb_records
 
 from terminal import Terminal
 from understudy import RunConfig
@@ -92,9 +89,9 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
     run_id = sent_in_two_sessions("wandb", tmp_path / "run", caplog)
     sessions = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert [folder.name.endswith(f"-{run_id}") for folder in sessions] == [True, True]
-    first, second = (_wandb_records(folder / f"run-{run_id}.wandb") for folder in sessions)
-    assert _wandb_losses(first) == losses(range(6))
-    assert _wandb_losses(second) == losses(range(6, 8))
+    first, second = (wandb_records(folder / f"run-{run_id}.wandb") for folder in sessions)
+    assert wandb_losses(first) == losses(range(6))
+    assert wandb_losses(second) == losses(range(6, 8))
     [run] = [record.run for record in first if record.HasField("run")][:1]
     assert (run.run_id, run.project, run.display_name) == (run_id, "sums", "run")
     assert json.loads({i.key: i.value_json for i in run.config.update}["student.model"]) == "m"
@@ -103,43 +100,6 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
     assert "<script>" not in page.read_text()
     [alarm] = [path for path in sessions[0].rglob("*.html") if path != page]
     assert SAID in alarm.read_text()
-
-
-def _wandb_records(path: Path) -> list[Any]:
-    """All of a session's records: its own process writes them, and may be a little behind."""
-    end = time.monotonic() + 60
-    while not (records := _wandb_log(path)) or not records[-1].HasField("exit"):
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    return records
-
-
-def _wandb_log(path: Path) -> list[Any]:
-    """A log of protocol buffers in LevelDB's format: blocks of 32 KiB, parts with checksum, length and kind."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, place, buffer, records = path.read_bytes(), 7, b"", []
-    assert data[:4] in (b":W&B", b"")
-    while place + 7 <= len(data):
-        if 32768 - place % 32768 < 7:  # a block's end has no room for another head
-            place += 32768 - place % 32768
-            continue
-        length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
-        buffer += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # whole, or the last of its parts
-            records.append(wandb_internal_pb2.Record.FromString(buffer))
-            buffer = b""
-    return records
-
-
-def _wandb_losses(records: list[Any]) -> Mapping[int, float]:
-    found = {}
-    for record in records:
-        if record.HasField("history"):
-            items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
-            found[int(items["_step"])] = items["optim/loss"]
-    return found
 
 
 def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

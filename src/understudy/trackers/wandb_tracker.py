@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import html
 import logging
+import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from understudy.trackers.protocol import TrackedRun
+
+# Its own process writes what it was sent every 15 seconds, and loses the rest when the run is killed.
+FLUSHED_SECONDS = 60.0
 
 log = logging.getLogger("understudy")
 
@@ -34,7 +39,7 @@ def open_run(run: TrackedRun) -> WandbTracker:
         project=run.project,
         name=run.name,
         id=run.id,
-        dir=str(run.folder),
+        dir=str(run.folder.absolute()),  # its own process may work elsewhere
         config=dict(run.config),
         resume="allow",
         settings=settings,
@@ -49,16 +54,19 @@ def open_run(run: TrackedRun) -> WandbTracker:
 
 
 class WandbTracker:
-    """See ``Tracker``. ``notes``: the file that holds the newest step."""
+    """See ``Tracker``. ``notes``: the file that holds the newest step whose metrics are on disk for certain."""
 
     def __init__(self, wandb: Any, run: Any, last_step: int, notes: Path | None) -> None:
         self._wandb, self._run, self.last_step, self._notes = wandb, run, last_step, notes
+        self._underway: deque[tuple[float, int]] = deque()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """See ``Tracker.log``."""
         self._run.log(dict(metrics), step=step)
-        if self._notes is not None:
-            self._notes.write_text(str(step))
+        now = time.monotonic()
+        self._underway.append((now, step))
+        while self._underway[0][0] < now - FLUSHED_SECONDS:
+            self._note(self._underway.popleft()[1])
 
     def log_text(self, step: int, name: str, text: str) -> None:
         """See ``Tracker.log_text``."""
@@ -68,3 +76,9 @@ class WandbTracker:
     def close(self, *, finished: bool) -> None:
         """See ``Tracker.close``."""
         self._run.finish(exit_code=0 if finished else 1)
+        if self._underway:
+            self._note(self._underway.pop()[1])
+
+    def _note(self, step: int) -> None:
+        if self._notes is not None:
+            self._notes.write_text(str(step))
