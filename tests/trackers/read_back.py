@@ -43,5 +43,6 @@ def wandb_losses(records: list[Any]) -> Mapping[int, float]:
     for record in records:
         if record.HasField("history"):
             items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
-            found[int(items["_step"])] = items["optim/loss"]
+            if "optim/loss" in items:
+                found[int(items["_step"])] = items["optim/loss"]
     return found

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from read_back import wandb_log, wandb_losses
 
+from understudy.metrics import read_metrics
 from user import bpe_tokenizer, metrics, save_model, tree, write_rows, write_toml
 
 pytestmark = [pytest.mark.trackers, pytest.mark.filterwarnings("default")]
@@ -88,7 +89,7 @@ def test_a_killed_run_is_whole_in_each_of_them(tmp_path: Path, monkeypatch: pyte
         finally:
             first.kill()
             first.wait()
-    done = [row["step"] for row in metrics(run) if row["step"] % 4 == 0][-1]
+    done = [row["step"] for row in read_metrics(run / "metrics.jsonl") if row["step"] % 4 == 0][-1]
     steps = str(done + 6)
     again = subprocess.run(
         command("--resume", "--optim.num_steps", steps), cwd=tmp_path, capture_output=True, text=True, timeout=280
