@@ -31,6 +31,7 @@ from understudy.samples import SampleFile
 from understudy.stopping import StopNow, StopRequest
 from understudy.supervised import load_examples, supervised_loop
 from understudy.tasks import Grader
+from understudy.trackers import Trackers
 from understudy.types import Rollout, TrainingExample
 
 log = logging.getLogger("understudy")
@@ -140,40 +141,55 @@ def _run(
         parts = assemble(
             folder.config, checked, folder.costs, checkpoint=folder.checkpoint, given=given, before_update=stop.hold
         )
-        with parts.connections, stop.listening():
-            if folder.state:
-                _load_state(parts.trainer, folder)
-            parts.sampler.set_policy_version(folder.first_step)
-            folder.write_config(parts.config)
-            recorder = Recorder(
-                folder,
-                parts.config,
-                trainer=parts.trainer,
-                teachers=parts.page_teachers,
-                student=checked.student,
-                evaluate=lambda: evaluate_tasks(parts.evaluator, parts.tasks, parts.decode),
-                stop=stop,
-                may_be_away=parts.may_be_away,
-                weights_of=lambda name: _named_teacher(parts.config, checked, given, name),
-                quiet=quiet,
-            )
-            try:
-                recorder.start()
-                work(replace(parts, trainer=recorder.guarded(parts.trainer)), recorder)
-            except (ServerError, NonFiniteError, GuardStop) as error:
-                # The weights are whole, and what is away may be back tomorrow.
-                stop.end()
-                step = recorder.save_after(error)
-                if step is None:
-                    log.warning("%s: the weights are not finite and are not kept", folder.path)
-                else:
-                    log.info("%s: --resume goes on after step %d", folder.path, step)
-                raise
-            except StopNow:
-                recorder.interrupted_at = recorder.save_last_update()
-            finally:
-                recorder.close()
-        return replace(_finished(folder, recorder.last_row, recorder.interrupted_at), stop_requested=stop.requested)
+        goes_on_after = folder.first_step if folder.checkpoint else None
+        with Trackers(parts.config, folder.path, goes_on_after=goes_on_after) as trackers:
+            with parts.connections, stop.listening():
+                if folder.state:
+                    _load_state(parts.trainer, folder)
+                parts.sampler.set_policy_version(folder.first_step)
+                folder.write_config(parts.config)
+                recorder = Recorder(
+                    folder,
+                    parts.config,
+                    trainer=parts.trainer,
+                    teachers=parts.page_teachers,
+                    student=checked.student,
+                    evaluate=lambda: evaluate_tasks(parts.evaluator, parts.tasks, parts.decode),
+                    stop=stop,
+                    trackers=trackers,
+                    may_be_away=parts.may_be_away,
+                    weights_of=lambda name: _named_teacher(parts.config, checked, given, name),
+                    quiet=quiet,
+                )
+                _work(replace(parts, trainer=recorder.guarded(parts.trainer)), recorder, folder, stop, work)
+            result = _finished(folder, recorder.last_row, recorder.interrupted_at)
+        return replace(result, stop_requested=stop.requested)
+
+
+def _work(
+    parts: Parts,
+    recorder: Recorder,
+    folder: RunFolder,
+    stop: StopRequest,
+    work: Callable[[Parts, Recorder], None],
+) -> None:
+    """``work`` from the recorder's start to its end, however that comes."""
+    try:
+        recorder.start()
+        work(parts, recorder)
+    except (ServerError, NonFiniteError, GuardStop) as error:
+        # The weights are whole, and what is away may be back tomorrow.
+        stop.end()
+        step = recorder.save_after(error)
+        if step is None:
+            log.warning("%s: the weights are not finite and are not kept", folder.path)
+        else:
+            log.info("%s: --resume goes on after step %d", folder.path, step)
+        raise
+    except StopNow:
+        recorder.interrupted_at = recorder.save_last_update()
+    finally:
+        recorder.close()
 
 
 def _named_teacher(config: RunConfig, checked: Checked, given: Given, name: str) -> Teacher | None:

@@ -44,10 +44,16 @@ NAMED, PROBED, DIRECTED = 3, 4, 3
 
 class GuardWatch:
     """The guards of one run: ``inspect`` before an update, ``refuses`` when its gradient is known, ``record`` after
-    it."""
+    it. ``tell`` is called with every alarm as it is stored."""
 
-    def __init__(self, folder: RunFolder, config: RunConfig, weights_of: WeightsOf | None = None) -> None:
-        self._folder, self._config, self._guards = folder, config, config.guards
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        tell: Callable[[Mapping[str, Any]], None],
+        weights_of: WeightsOf | None = None,
+    ) -> None:
+        self._folder, self._config, self._guards, self._to_others = folder, config, config.guards, tell
         self._weights_of = weights_of or (lambda name: None)
         sampling = config.sampling
         self._per_step = sampling.group_size * sampling.groups_per_batch
@@ -170,19 +176,19 @@ class GuardWatch:
 
     def _tell(self, finding: Finding, action: str) -> None:
         log.warning("%s", self._message(finding))
-        self._folder.alarms.append(
-            {
-                "step": self._step,
-                "guard": finding.guard,
-                "action": action,
-                "metric": finding.metric,
-                "value": finding.value if math.isfinite(finding.value) else None,
-                "limit": finding.limit if math.isfinite(finding.limit) else None,
-                "words": finding.words,
-                "causes": finding.causes,
-                "rollouts": self._rollouts(finding),
-            }
-        )
+        alarm = {
+            "step": self._step,
+            "guard": finding.guard,
+            "action": action,
+            "metric": finding.metric,
+            "value": finding.value if math.isfinite(finding.value) else None,
+            "limit": finding.limit if math.isfinite(finding.limit) else None,
+            "words": finding.words,
+            "causes": finding.causes,
+            "rollouts": self._rollouts(finding),
+        }
+        self._folder.alarms.append(alarm)
+        self._to_others(alarm)
 
     def _message(self, finding: Finding) -> str:
         return (

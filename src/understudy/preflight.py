@@ -101,8 +101,8 @@ def check_run(
 
 
 def check_machine(config: RunConfig, method: Method, *, brought: frozenset[str] = frozenset()) -> None:
-    """Raise ConfigError for what this machine lacks: devices that are named, the package that adapters need, and
-    weights, but for those of roles that are ``brought``."""
+    """Raise ConfigError for what this machine lacks: devices that are named, packages that adapters and trackers need,
+    and weights, but for those of roles that are ``brought``."""
     teachers = [*config.all_teachers.values()] if method == "distill" else []
     teachers += [config.reference] if config.reference and method in ("distill", "rl") else []
     models = [config.teacher] if method == "generate" and config.teacher else [config.student, *teachers]
@@ -117,6 +117,15 @@ def check_machine(config: RunConfig, method: Method, *, brought: frozenset[str] 
             expected="peft, for adapters",
             remedy='pip install "understudy[lora]"',
         )
+    trackers = config.tracking.trackers if method in ("distill", "rl", "sft") else ()
+    for name in trackers:  # each is the name of its package too
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"tracking.trackers: {name}",
+                got=f"the package `{name}` is not installed",
+                expected="the packages of all trackers that are named",
+                remedy=f'pip install "understudy[{name}]"',
+            )
     for model in models:
         role = "student" if model is config.student else "reference" if model is config.reference else "teacher"
         if getattr(model, "url", None) is None and role not in brought:

@@ -54,6 +54,7 @@ RESUMABLE = (
     "evaluation",
     "rollouts",
     "guards",
+    "tracking",
 )
 
 # How a server is reached may change too: a run goes on when its teacher has moved.
@@ -265,9 +266,18 @@ class RunFolder:
         due = self.checkpoint is not None and self.evaluation_is_due(self.first_step)
         return due and row.get("step") == self.first_step and not any(name.startswith("eval/") for name in row)
 
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows of metrics."""
+        return read_metrics(self.metrics.path) if self.metrics.path.exists() else []
+
+    def last_alarm(self) -> dict[str, Any] | None:
+        """The newest of the guards' alarms, if there is one."""
+        alarms = read_metrics(self.alarms.path) if self.alarms.path.exists() else []
+        return alarms[-1] if alarms else None
+
     def last_row(self) -> dict[str, Any]:
         """The newest row of metrics; empty before the first."""
-        rows = read_metrics(self.metrics.path) if self.metrics.path.exists() else []
+        rows = self.rows()
         return rows[-1] if rows else {}
 
     def save_rollouts(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
