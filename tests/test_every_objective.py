@@ -199,8 +199,8 @@ def test_every_objective_is_reachable_from_toml_with_no_other_change(name: str, 
 
 
 def test_every_documented_metric_is_written_by_some_objective(world: World) -> None:
-    """Evaluations, lags and servers that are away apart, which have tests of their own."""
-    apart = ("eval/", "policy_lag/", "teacher/away_share")
+    """Evaluations, parts, lags and servers that are away apart, which have tests of their own."""
+    apart = ("eval/", "policy_lag/", "teacher/away_share", "by_")
     documented = {row[0] for row in tables(METRICS) if not row[0].startswith(apart)}
     assert documented == set().union(*(written(world.run(name)) for name in REACHABLE))
 

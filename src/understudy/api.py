@@ -132,7 +132,7 @@ def _run(
         if folder.trained and kept and not folder.owes_evaluation:
             log.info("%s: all %d steps are done; raise optim.num_steps to go on", folder.path, steps)
             return _finished(folder, folder.last_row(), None)
-        look_before(folder.config, method, checked, given)
+        findings = look_before(folder.config, method, checked, given)
         if folder.checkpoint:
             log.info("%s: going on after step %d of %d", folder.path, folder.first_step, steps)
         stop = StopRequest(folder.config.checkpoints.stop_within_seconds)
@@ -144,6 +144,7 @@ def _run(
                 parts.trainer.load_state_dict(folder.state["trainer"])
             parts.sampler.set_policy_version(folder.first_step)
             folder.write_config(parts.config)
+            folder.write_start([finding.row for finding in findings])
             recorder = Recorder(
                 folder,
                 parts.config,
@@ -239,6 +240,7 @@ def _write_samples(folder: RunFolder, checked: Checked, samples: SampleFile, qui
     folder.write_config(
         config.model_copy(update={"teacher": config.teacher.model_copy(update={"dtype": teacher.dtype})})
     )
+    folder.write_start()
     sampling, piece, prompts = config.sampling, piece_size(config.sampling), checked.prompts
     kept = samples.keep_whole_pieces(piece * sampling.group_size, len(prompts) * sampling.group_size)
     costs, costs_path = folder.costs, folder.path / "costs.json"
@@ -285,6 +287,7 @@ def evaluate(config: RunConfig, *, quiet: bool = False) -> RunResult:
         with contextlib.closing(ProgressSampler(local, "eval", num_prompts=total, quiet=quiet)) as sampler:
             outcomes = [o for task in checked.tasks for o in task_outcomes(sampler, task, checked.decode)]
         folder.write_config(config)
+        folder.write_start()
         write_outcomes(folder.path, outcomes)
         metrics = outcome_metrics(outcomes)
         write_json(folder.path / "evaluation.json", metrics)

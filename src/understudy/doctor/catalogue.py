@@ -61,11 +61,13 @@ def diagnose(
     return Report(method, findings, not_run)
 
 
-def look_before(config: RunConfig, method: Method, checked: Checked, given: Given) -> None:
-    """The fast form, for a run that ``check_run`` lets begin: a line in the log for each warning.
+def look_before(config: RunConfig, method: Method, checked: Checked, given: Given) -> list[Finding]:
+    """The fast form, for a run that ``check_run`` lets begin: what passes and what warns, with a line in the log for
+    each warning.
 
     Raises ConfigError for what fails.
     """
+    findings: list[Finding] = []
     case = Case(config, method, given, checked, fast=True)
     for check in _chosen(method, fast=True):
         for found in check.run(case):
@@ -74,6 +76,8 @@ def look_before(config: RunConfig, method: Method, checked: Checked, given: Give
                 raise ConfigError(check.name, got=finding.evidence, expected=check.threshold, remedy=finding.remedy)
             if finding.level == "warn":
                 log.warning("doctor, %s", finding.line)
+            findings.append(finding)
+    return findings
 
 
 def _chosen(method: Method, fast: bool) -> Iterator[Check]:
