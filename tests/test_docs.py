@@ -370,6 +370,7 @@ def test_folders_hold_what_is_said(runs: Mapping[str, Path]) -> None:
         return {path.name for path in folder.iterdir()} - {".lock"}
 
     training = {"config.toml", "metrics.jsonl", "costs.json", "checkpoints", "report.html"}
+    training |= {"doctor.jsonl", "environment.jsonl"}
     assert names(runs["full"]) == training | {"rollouts"}
     assert names(runs["sft"]) == training
     assert names(runs["generate"]) == {"config.toml", "samples.jsonl", "costs.json"}

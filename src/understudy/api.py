@@ -240,7 +240,6 @@ def _write_samples(folder: RunFolder, checked: Checked, samples: SampleFile, qui
     folder.write_config(
         config.model_copy(update={"teacher": config.teacher.model_copy(update={"dtype": teacher.dtype})})
     )
-    folder.write_start()
     sampling, piece, prompts = config.sampling, piece_size(config.sampling), checked.prompts
     kept = samples.keep_whole_pieces(piece * sampling.group_size, len(prompts) * sampling.group_size)
     costs, costs_path = folder.costs, folder.path / "costs.json"
@@ -287,7 +286,6 @@ def evaluate(config: RunConfig, *, quiet: bool = False) -> RunResult:
         with contextlib.closing(ProgressSampler(local, "eval", num_prompts=total, quiet=quiet)) as sampler:
             outcomes = [o for task in checked.tasks for o in task_outcomes(sampler, task, checked.decode)]
         folder.write_config(config)
-        folder.write_start()
         write_outcomes(folder.path, outcomes)
         metrics = outcome_metrics(outcomes)
         write_json(folder.path / "evaluation.json", metrics)

@@ -236,7 +236,7 @@ class RunFolder:
         )
         write_atomic(self.path / "config.toml", config.to_toml(header))
 
-    def write_start(self, findings: Sequence[Mapping[str, Any]] = ()) -> None:
+    def write_start(self, findings: Sequence[Mapping[str, Any]]) -> None:
         """Store where this process runs, and what the doctor found before it began; after ``write_config``."""
         for rows in self.starts:
             rows.truncate_after(self.first_step - 1)  # what began here before left nothing

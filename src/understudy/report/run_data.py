@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,31 @@ _SECRET = re.compile(
 )
 
 
+# Files of rollouts that are looked at for the middle of a run, and that alarms may name.
+MIDDLES, NAMED = 5, 6
+
+
 @dataclass(frozen=True)
 class RunData:
-    """One run as stored. ``metrics``: one row per step, sorted. ``rollouts``: first and last stored step. ``alarms``:
-    what the guards found; a healthy run has none."""
+    """One run as stored. ``metrics``: one row per step, sorted. ``rollouts``: of the steps that ``over_time`` names, first,
+    middle and last, and of those that alarms name. ``alarms``: what the guards found; a healthy run has none. ``doctor``:
+    what was found at each start; ``environments``: where each start ran."""
 
-    name: str
+    path: Path
     metrics: tuple[Row, ...]
     config: Mapping[str, Any]
     costs: Mapping[str, Row]
     rollouts: Mapping[int, tuple[Row, ...]]
+    over_time: tuple[int, ...]
     missing: tuple[str, ...]
     alarms: tuple[Row, ...] = ()
+    doctor: tuple[Row, ...] = ()
+    environments: tuple[Row, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The folder's."""
+        return self.path.resolve().name
 
 
 def load_run(run_dir: Path) -> RunData:
@@ -41,11 +54,27 @@ def load_run(run_dir: Path) -> RunData:
     missing += [problem] if problem else []
     config = _read_config(run_dir / "config.toml", missing)
     costs = _read_costs(run_dir / "costs.json", missing)
-    rollouts = _read_rollouts(run_dir / "rollouts", missing)
-    alarms, problem = read_jsonl(run_dir / "guards.jsonl") if (run_dir / "guards.jsonl").is_file() else ([], "")
+    optional = {name: _read_optional(run_dir / f"{name}.jsonl", missing) for name in ("guards", "doctor", "environment")}
+    rollouts, over_time = _read_rollouts(run_dir / "rollouts", optional["guards"], missing)
+    return RunData(
+        path=run_dir,
+        metrics=merge_by_step(rows),
+        config=config,
+        costs=costs,
+        rollouts=rollouts,
+        over_time=over_time,
+        missing=tuple(missing),
+        alarms=optional["guards"],
+        doctor=optional["doctor"],
+        environments=optional["environment"],
+    )
+
+
+def _read_optional(path: Path, missing: list[str]) -> tuple[Row, ...]:
+    """Rows of a file that not every run has."""
+    rows, problem = read_jsonl(path) if path.is_file() else ([], "")
     missing += [problem] if "unreadable" in problem else []
-    name, metrics = run_dir.resolve().name, merge_by_step(rows)
-    return RunData(name, metrics, config, costs, rollouts, tuple(missing), tuple(alarms))
+    return tuple(rows)
 
 
 def read_jsonl(path: Path) -> tuple[list[Row], str]:
@@ -130,15 +159,51 @@ def _read_costs(path: Path, missing: list[str]) -> Mapping[str, Row]:
         return {}
 
 
-def _read_rollouts(folder: Path, missing: list[str]) -> Mapping[int, tuple[Row, ...]]:
-    files = {int(m.group(1)): path for path in folder.glob("*.jsonl") if (m := _ROLLOUT_FILE.search(path.name))}
+def rollouts_step(file: object) -> int | None:
+    """The step of a rollouts file; None for any other name."""
+    match = _ROLLOUT_FILE.search(str(file))
+    return int(match[1]) if match else None
+
+
+def _read_rollouts(
+    folder: Path, alarms: Sequence[Row], missing: list[str]
+) -> tuple[dict[int, tuple[Row, ...]], tuple[int, ...]]:
+    """Rollouts by step, and the steps that stand for the run's course."""
+    files = {step: path for path in folder.glob("*.jsonl") if (step := rollouts_step(path.name)) is not None}
     if not files:
         missing.append("rollouts/: no stored rollouts (normal for a phase in which the student does not write)")
-        return {}
+        return {}, ()
     stored: dict[int, tuple[Row, ...]] = {}
-    for step in sorted({min(files), max(files)}):
-        rows, problem = read_jsonl(files[step])
-        missing += [f"rollouts/{problem}"] if problem else []
-        if rows:
-            stored[step] = tuple(rows)
-    return stored
+
+    def read(step: int) -> None:
+        rows, problem = ([], "") if step in stored else read_jsonl(files[step])
+        missing.extend([f"rollouts/{problem}"] if problem else [])
+        stored.update({step: tuple(rows)} if rows else {})
+
+    first, last = min(files), max(files)
+    for step in (first, last):
+        read(step)
+    centre = (first + last) / 2
+    between = sorted((step for step in files if first < step < last), key=lambda step: abs(step - centre))[:MIDDLES]
+    for step in between:
+        read(step)
+    # Of steps near the middle the one that answers most of the first one's prompts, else the nearest.
+    prompts = {prompt_key(row) for row in stored.get(first, ())}
+    middle = max(
+        (step for step in between if step in stored),
+        key=lambda step: (len(prompts & {prompt_key(row) for row in stored[step]}), -abs(step - centre)),
+        default=None,
+    )
+    over_time = tuple(step for step in (first, middle, last) if step is not None and step in stored)
+    places = (place for alarm in alarms for place in alarm.get("rollouts") or () if isinstance(place, Mapping))
+    named = list(dict.fromkeys(rollouts_step(place.get("file")) for place in places))
+    wanted = [step for step in named if step is not None and step in files][:NAMED]
+    for step in wanted:
+        read(step)
+    kept = {step: stored[step] for step in sorted({*over_time, *wanted}) if step in stored}
+    return kept, tuple(dict.fromkeys(over_time))
+
+
+def prompt_key(rollout: Row) -> tuple[Any, Any]:
+    """What tells prompts apart."""
+    return rollout.get("task"), rollout.get("prompt_index")
