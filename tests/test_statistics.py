@@ -49,19 +49,6 @@ def test_error_over_problem_means_is_the_cluster_robust_one() -> None:
     assert mean_and_error(rewards.mean(axis=1).tolist())[1] == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_error_of_a_ratio_is_that_of_the_means_where_clusters_are_alike_and_its_own_where_not() -> None:
-    clusters = [(2.0, 4), (4.0, 4), (4.0, 4), (4.0, 4)]
-    assert ratio_and_error(clusters) == tuple(map(pytest.approx, mean_and_error([0.5, 1.0, 1.0, 1.0])))
-    assert ratio_and_error([(3.0, 2)]) == (1.5, None)
-    # Lengths vary, and longer clusters have larger values: the spread of the estimate over many draws.
-    draw = np.random.default_rng(0)
-    counts = draw.integers(1, 20, size=(SIMULATIONS, 60))
-    sums = counts * (0.1 * counts + draw.normal(size=counts.shape))
-    found = [ratio_and_error(list(zip(s.tolist(), c.tolist(), strict=True))) for s, c in zip(sums, counts, strict=True)]
-    errors = [error for _, error in found if error is not None]
-    assert np.mean(errors) == pytest.approx(np.std([mean for mean, _ in found]), rel=0.05)
-
-
 def test_error_over_problem_means_is_what_the_mean_varies_by() -> None:
     """Problems with success rates of 0.2 and 0.9, n = 30 of them with k = 4 completions each: the mean has the variance
     (Var p + E[p (1 - p)] / k) / n. Completions taken for independent would claim E p (1 - E p) / (n k)."""

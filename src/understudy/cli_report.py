@@ -1,4 +1,4 @@
-"""`understudy report`: a run, a pipeline, or several runs side by side, as a page and as figures. ``cli`` registers it."""
+"""`understudy report`: a run, a pipeline, or several runs side by side, as a page and as figures."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     from understudy.report.page import Row
 
 
-def report(
-    *runs: Path, output: Path | None = None, figures: Path | None = None, csv: Path | None = None
-) -> int:
+def report(*runs: Path, output: Path | None = None, figures: Path | None = None, csv: Path | None = None) -> int:
     """Write the page of a run or a pipeline anew from its files; of several runs, one page that compares them.
 
     Curves with their bands, costs by role and to reach an accuracy, rollouts, findings of the doctor and the guards,
@@ -42,12 +40,13 @@ def report(
         A file for all metrics, one line per run, step and metric.
     """
     _check(runs, output, figures, csv)
-    if len(runs) > 1:
+    first, *others = runs
+    if others:
         page, curves, metrics = _comparison(runs, output or Path("comparison.html"))
-    elif (runs[0] / "pipeline.json").exists():
-        page, curves, metrics = _pipeline(runs[0], output)
+    elif (first / "pipeline.json").exists():
+        page, curves, metrics = _pipeline(first, output)
     else:
-        page, curves, metrics = _run(runs[0], output)
+        page, curves, metrics = _run(first, output)
     print(page)
     if figures is not None:
         from understudy.report.paper import write_figures

@@ -28,10 +28,10 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def ratio_and_error(clusters: Sequence[tuple[float, int]]) -> tuple[float, float | None]:
-    """(mean, standard error) of things that come in clusters of unlike sizes, each given as (sum, count).
+    """(mean, standard error) of things in clusters of unlike sizes, each given as (sum, count).
 
-    The mean is sum / count over all; its error is that of a ratio of two sums (Cochran, Sampling Techniques, 6.13): with
-    r = a cluster's sum - mean * its count, sqrt(n / (n - 1) * sum of r^2) / count. Clusters of one size give
+    The mean is sum / count over all; its error is that of a ratio of two sums (Cochran, Sampling Techniques, 6.13):
+    with r = a cluster's sum - mean * its count, sqrt(n / (n - 1) * sum of r^2) / count. Clusters of one size give
     ``mean_and_error`` of their means. Of one cluster the error is unknown: None.
     """
     count = sum(own for _, own in clusters)

@@ -35,6 +35,9 @@ class Frame:
         return self.bottom + 50
 
 
+NORMAL, WIDE = Frame(), Frame(width=960, right=944, bottom=264)
+
+
 def colour(index: int) -> str:
     """Of series ``index``: a variable that pages set by scheme, with a value for charts that stand alone."""
     return f"var(--series-{index % len(PALETTE) + 1},{PALETTE[index % len(PALETTE)]})"

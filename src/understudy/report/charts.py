@@ -12,11 +12,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from itertools import groupby
 from typing import Literal
 
 from understudy.report import chart_shapes as draw
 from understudy.report import formatting
-from understudy.report.chart_shapes import LEGEND_ROW, Frame, pixels
+from understudy.report.chart_shapes import LEGEND_ROW, NORMAL, Frame, pixels
 from understudy.report.scales import Axis, linear_x_axis, log_x_axis, y_axis
 
 # Beyond this many points a series is thinned; beyond MARKED it goes without markers.
@@ -66,10 +67,7 @@ class _Point:
     low: float
     high: float
     error: float | None
-
-    @property
-    def has_band(self) -> bool:
-        return self.high > self.low
+    has_band: bool
 
 
 @dataclass(frozen=True)
@@ -98,13 +96,14 @@ def line_chart(
     marks: Sequence[Mark] = (),
     regions: Sequence[Region] = (),
     x_words: Mapping[float, str] = {},
-    frame: Frame = Frame(),
+    frame: Frame = NORMAL,
 ) -> str:
     """An ``<svg>`` with one line per series.
 
     Errors are drawn as a band of one standard error. ``references`` are named horizontal lines, ``marks`` vertical
     ones. ``regions`` divide the x axis and take the place of its ticks; ``x_words`` names places on it when they are
-    read out. ``percent`` labels shares in 0..1 as percentages. Values that are not finite are left out and counted in a line under the title.
+    read out. ``percent`` labels shares in 0..1 as percentages. Values that are not finite are left out and counted in a
+    line under the title.
 
     >>> "<svg" in line_chart([Series("a", [(0, 1), (1, 2)])], title="t", x_label="step", y_label="nats")
     True
@@ -154,7 +153,7 @@ def _finite(series: Series) -> list[_Point]:
     for (x, y), error, band in zip(series.points, errors, bands, strict=True):
         if math.isfinite(x) and math.isfinite(y):
             low, high = band or (y - (error or 0.0), y + (error or 0.0))
-            points.append(_Point(float(x), float(y), low, high, error))
+            points.append(_Point(float(x), float(y), low, high, error, band is not None or error is not None))
     return points
 
 
@@ -195,12 +194,17 @@ def _line(index: int, points: Sequence[_Point], plot: _Plot) -> str:
 
 
 def _band(index: int, points: Sequence[_Point], plot: _Plot) -> str:
-    known = [point for point in points if point.has_band]
-    if not known:
+    """An area for each stretch of points whose uncertainty is known; nothing where it is none everywhere."""
+    if not any(point.high > point.low for point in points):
         return ""
-    upper = [plot.at(p.x, p.high) for p in known]
-    lower = [plot.at(p.x, p.low) for p in known]
-    if len(known) == 1:
+    stretches = [list(own) for known, own in groupby(points, key=lambda point: point.has_band) if known]
+    return "".join(_area(index, stretch, plot) for stretch in stretches)
+
+
+def _area(index: int, points: Sequence[_Point], plot: _Plot) -> str:
+    upper = [plot.at(p.x, p.high) for p in points]
+    lower = [plot.at(p.x, p.low) for p in points]
+    if len(points) == 1:
         style = f"stroke:{draw.colour(index)};stroke-width:2;opacity:.5"
         return f'<path class="band" d="{draw.path([upper[0], lower[0]])}" style="{style}"/>'
     outline = draw.path(upper + lower[::-1])

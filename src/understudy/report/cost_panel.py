@@ -121,14 +121,18 @@ def _legend(roles: Sequence[str], frame: draw.Frame) -> tuple[str, int]:
 
 
 def reach_rows(runs: Mapping[str, Sequence[Row]]) -> list[dict[str, str]]:
-    """Per evaluation and level of accuracy: where each run first had at least so much, and what it had cost by then."""
+    """Per evaluation and level of accuracy: where each run first had at least so much, and what it had cost by then. Of
+    levels with the same price in all runs the highest is listed."""
     filled = {name: carried_costs(rows) for name, rows in runs.items()}
     table = []
     for metric in page.evaluation_metrics(row for rows in filled.values() for row in rows):
         known = {name: [row for row in rows if _value(row, metric) is not None] for name, rows in filled.items()}
         for level in _levels([[_value(row, metric) or 0.0 for row in rows] for rows in known.values()]):
             row = {"Evaluation": page.metric_words(metric), "At least": formatting.percent(level)}
-            table.append(row | {name: _price(rows, metric, level) for name, rows in known.items()})
+            row |= {name: _price(rows, metric, level) for name, rows in known.items()}
+            if table and all(table[-1][key] == row[key] for key in row if key != "At least"):
+                table.pop()
+            table.append(row)
     return table
 
 

@@ -6,21 +6,22 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import fmean
 from typing import NamedTuple
 
 from markupsafe import Markup
 
 from understudy.report import page
-from understudy.report.chart_shapes import PALETTE, Frame
+from understudy.report.chart_shapes import NORMAL, PALETTE, WIDE
 from understudy.report.charts import Mark, Region, Series, line_chart
 from understudy.report.page import Row
 
 STEPS = "optimizer steps"
 FLOPS, SECONDS = "cost/flops", "cost/seconds"
 ERROR, NOISE = "one standard error", "noise from row to row"
-# Where no standard error is known: differences of neighbouring rows that a band is estimated from, at each side, and the
-# least of them.
+# Where no standard error is known: differences of neighbouring rows that a band is estimated from, at each side, and
+# the least of them.
 REACH, LEAST_DIFFERENCES = 8, 4
 # More lines cannot be told apart: of more tasks or teachers those with the most rows are drawn.
 MOST_LINES = len(PALETTE)
@@ -110,7 +111,7 @@ class Curve:
                 marks=marks if self.x_label == STEPS else (),
                 regions=self.regions,
                 x_words=self.x_words,
-                frame=Frame(width=960, right=944, bottom=264) if self.wide else Frame(),
+                frame=WIDE if self.wide else NORMAL,
             )
         )
 
@@ -260,7 +261,7 @@ def noise_band(values: Sequence[float]) -> list[tuple[float, float] | None]:
     """(value - s, value + s), s^2 being half the mean square of the differences of neighbouring values around (von
     Neumann 1941): the variance of independent noise on a course that changes slowly. None where fewer than
     ``LEAST_DIFFERENCES`` are known; where no value is negative, neither is a band."""
-    squares = [(b - a) ** 2 / 2 for a, b in zip(values, values[1:], strict=False)]
+    squares = [(b - a) ** 2 / 2 for a, b in pairwise(values)]
     least = 0.0 if all(value >= 0 for value in values if math.isfinite(value)) else -math.inf
     bands: list[tuple[float, float] | None] = []
     for index, value in enumerate(values):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from understudy.report import formatting, page
 from understudy.report.charts import Mark
@@ -53,6 +53,12 @@ class Event:
         return Mark(self.step, str(self.number), f"{self.source} {self.name}: {self.words}", self.source)
 
 
+class _Found(NamedTuple):
+    step: float
+    source: Literal["doctor", "guard"]
+    row: Row
+
+
 def anchor(place: Place) -> str:
     """The id of a rollout on its page: stored step, and number in its file."""
     return f"rollout-{place[0]}-{place[1]}"
@@ -60,11 +66,10 @@ def anchor(place: Place) -> str:
 
 def run_events(run: RunData) -> list[Event]:
     """Warnings of the doctor and alarms of the guards, by step; those of one step in the order in which they came."""
-    found: list[tuple[float, Literal["doctor", "guard"], Row]] = []
-    found += [(_step(row), "doctor", row) for row in run.doctor if row.get("level") != "pass"]
-    found += [(_step(row), "guard", row) for row in run.alarms]
-    found.sort(key=lambda one: (one[0], one[1]))
-    return [_event(number, *one, run) for number, one in enumerate(found, 1)]
+    found = [_Found(_step(row), "doctor", row) for row in run.doctor if row.get("level") != "pass"]
+    found += [_Found(_step(row), "guard", row) for row in run.alarms]
+    found.sort(key=lambda one: (one.step, one.source))
+    return [_event(number, one, run) for number, one in enumerate(found, 1)]
 
 
 def reached(events: Sequence[Event], run: RunData) -> list[Place]:
@@ -92,7 +97,8 @@ def doctor_summary(run: RunData) -> str:
     return f"The doctor's checks{times}: {passed} passed, {len(run.doctor) - passed} warned."
 
 
-def _event(number: int, step: float, source: Literal["doctor", "guard"], row: Row, run: RunData) -> Event:
+def _event(number: int, found: _Found, run: RunData) -> Event:
+    step, source, row = found
     if source == "doctor":
         words = str(row.get("evidence", "")).partition("\n")[0]
         first = run.over_time[0] if run.over_time else None

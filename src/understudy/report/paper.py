@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # A column of a two-column page, and both, in inches; dots per inch of the PNG.
 COLUMN, BOTH, RESOLUTION = (3.4, 2.6), (7.0, 2.8), 300
 # Type that is read beside a paper's text; text stays text in the SVG, and the file is the same every time.
-STYLE: Mapping[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 9,
     "legend.fontsize": 7,
@@ -35,7 +35,7 @@ _MARKERS = ("o", "s", "^", "D")
 
 def write_figures(curves: Sequence[Curve], folder: Path) -> list[Path]:
     """<curve>.svg, .png and .csv for each curve with points; the folder is made. Returns the paths."""
-    import matplotlib
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,9 +45,12 @@ def write_figures(curves: Sequence[Curve], folder: Path) -> list[Path]:
         names[curve.slug] = names.get(curve.slug, 0) + 1
         name = curve.slug if names[curve.slug] == 1 else f"{curve.slug}-{names[curve.slug]}"
         svg, png, table = (folder / f"{name}.{ending}" for ending in ("svg", "png", "csv"))
-        with matplotlib.rc_context(dict(STYLE)):
+        with rc_context(STYLE):
             figure = Figure(figsize=BOTH if curve.wide else COLUMN, layout="constrained")
-            _draw(curve, figure.add_subplot())
+            axes = figure.add_subplot()
+            _draw(curve, axes)
+            if len(axes.get_legend_handles_labels()[1]) > 1:  # below: no corner is free of lines for certain
+                figure.legend(loc="outside lower center", ncols=4 if curve.wide else 2, frameon=False)
             figure.savefig(svg, metadata={"Date": None})
             figure.savefig(png, dpi=RESOLUTION, metadata={"Software": None})
         _write_csv(table, ("series", "x", "place", "y", "low", "high"), _points(curve))
@@ -98,7 +101,9 @@ def _draw(curve: Curve, axes: Axes) -> None:
     factor = 100.0 if curve.percent else 1.0
     for index, line in enumerate(curve.lines):
         known = [
-            (x, y, band) for (x, y), band in zip(line.points, _bands(line), strict=True) if math.isfinite(factor * x * y)
+            (x, y, band)
+            for (x, y), band in zip(line.points, _bands(line), strict=True)
+            if math.isfinite(factor * x * y)
         ]
         if not known:
             continue
@@ -132,8 +137,6 @@ def _label(curve: Curve, axes: Axes) -> None:
     axes.set_ylabel(f"{curve.unit} (%)" if curve.percent else curve.unit)
     if curve.percent:
         axes.set_ylim(bottom=0, top=min(axes.get_ylim()[1], 101.0))
-    if len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.legend(frameon=False)
 
 
 def _line_style(index: int) -> dict[str, Any]:

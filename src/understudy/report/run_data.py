@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ MIDDLES, NAMED = 5, 6
 
 @dataclass(frozen=True)
 class RunData:
-    """One run as stored. ``metrics``: one row per step, sorted. ``rollouts``: of the steps that ``over_time`` names, first,
-    middle and last, and of those that alarms name. ``alarms``: what the guards found; a healthy run has none. ``doctor``:
-    what was found at each start; ``environments``: where each start ran."""
+    """One run as stored. ``metrics``: one row per step, sorted. ``rollouts``: of the steps that ``over_time`` names,
+    first, middle and last, and of those that alarms lead to. ``alarms``: what the guards found; a healthy run has none.
+    ``doctor``: what was found at each start; ``environments``: where each start ran."""
 
     path: Path
     metrics: tuple[Row, ...]
@@ -54,7 +54,9 @@ def load_run(run_dir: Path) -> RunData:
     missing += [problem] if problem else []
     config = _read_config(run_dir / "config.toml", missing)
     costs = _read_costs(run_dir / "costs.json", missing)
-    optional = {name: _read_optional(run_dir / f"{name}.jsonl", missing) for name in ("guards", "doctor", "environment")}
+    optional = {
+        name: _read_optional(run_dir / f"{name}.jsonl", missing) for name in ("guards", "doctor", "environment")
+    }
     rollouts, over_time = _read_rollouts(run_dir / "rollouts", optional["guards"], missing)
     return RunData(
         path=run_dir,
@@ -195,13 +197,20 @@ def _read_rollouts(
         default=None,
     )
     over_time = tuple(step for step in (first, middle, last) if step is not None and step in stored)
-    places = (place for alarm in alarms for place in alarm.get("rollouts") or () if isinstance(place, Mapping))
-    named = list(dict.fromkeys(rollouts_step(place.get("file")) for place in places))
-    wanted = [step for step in named if step is not None and step in files][:NAMED]
+    wanted = list(dict.fromkeys(step for alarm in alarms for step in _steps_of(alarm, files)))[:NAMED]
     for step in wanted:
         read(step)
     kept = {step: stored[step] for step in sorted({*over_time, *wanted}) if step in stored}
     return kept, tuple(dict.fromkeys(over_time))
+
+
+def _steps_of(alarm: Row, files: Collection[int]) -> list[int]:
+    """The stored steps whose rollouts an alarm names; without one, the nearest to what its update learnt from."""
+    places = [place for place in alarm.get("rollouts") or () if isinstance(place, Mapping)]
+    named = {step for place in places if (step := rollouts_step(place.get("file"))) is not None}
+    at = alarm.get("step")
+    written = at - 1 if isinstance(at, int) else 0
+    return sorted(named & set(files)) or [min(files, key=lambda stored: abs(stored - written))]
 
 
 def prompt_key(rollout: Row) -> tuple[Any, Any]:
