@@ -15,6 +15,7 @@ import tomli_w
 
 from test_report import make_rollout
 from understudy.report import cost_panel, curves, findings, write_run_report
+from understudy.report.chart_shapes import NORMAL
 from understudy.report.charts import Mark, Region, Series, line_chart
 from understudy.report.curves import Curve, compared_curves, cost_curves, noise_band, part_curves, run_curves
 from understudy.report.run_comparison import config_differences, load_runs, write_run_comparison
@@ -139,14 +140,14 @@ def test_a_band_ends_where_uncertainty_is_not_known_and_stays_where_it_is_nothin
 
 def test_marks_and_regions_are_drawn_and_read_out() -> None:
     points = [(float(x), 1.0 + x) for x in range(5)]
-    marks = [Mark(2.0, "1", "guard ratio"), Mark(2.0, "2", "a <b>", "doctor"), Mark(99.0, "3", "outside")]
+    marks = [Mark(2.0, "1", "guard ratio"), Mark(2.0, "2", "a <b>", "doctor"), Mark(-1.0, "3", "before")]
     svg = line_chart([Series("a", points)], title="t", x_label="step", y_label="y", marks=marks)
     assert "◇▲1,2" in svg
-    assert "Marked: 1 guard ratio; 2 a &lt;b&gt;." in svg
-    assert "outside" not in svg
+    assert "Marked: 1 guard ratio; 2 a &lt;b&gt;; 3 before." in svg
+    assert f'd="M{NORMAL.left} {NORMAL.top}V{NORMAL.bottom}"' in svg  # the axis begins there
     found = re.search(r'data-chart="([^"]*)"', svg)
     assert found
-    assert json.loads(unescape(found[1]))["marks"] == [[2, "1 guard ratio"], [2, "2 a <b>"]]
+    assert json.loads(unescape(found[1]))["marks"] == [[3, "1 guard ratio"], [3, "2 a <b>"], [0, "3 before"]]
     regions = [Region(0, 2, "first"), Region(2, 4, "second")]
     svg = line_chart([Series("a", points)], title="t", x_label="", y_label="y", regions=regions, x_words={0.0: "begin"})
     assert ">1 first<" in svg
@@ -257,9 +258,9 @@ def test_a_middle_step_of_other_prompts_stands_alone(tmp_path: Path) -> None:
 def test_environments_have_a_column_for_each_start() -> None:
     starts = [{"step": 0, "python": "3.11", "packages": {"torch": "2"}, "devices": []}, {"step": 4, "python": "3.12"}]
     assert environment_rows(starts) == [
-        {"": "python", "From step 0": "3.11", "From step 4": "3.12"},
-        {"": "devices", "From step 0": "CPU", "From step 4": "–"},
-        {"": "torch", "From step 0": "2", "From step 4": "–"},
+        {"What": "python", "From step 0": "3.11", "From step 4": "3.12"},
+        {"What": "devices", "From step 0": "CPU", "From step 4": "–"},
+        {"What": "torch", "From step 0": "2", "From step 4": "–"},
     ]
 
 

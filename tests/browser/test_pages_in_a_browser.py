@@ -85,7 +85,7 @@ def test_nothing_runs_without_the_policy_when_everything_is_touched(page: Path, 
     document = opened(written(tmp_path, bare.replace("</body>", DRIVER + "</body>")), tmp_path / "profile")
     driven = re.search(r'data-driven="(\d+)"', document[: document.index("<head")])
     assert driven is not None
-    assert int(driven[1]) == html.count(' data-credit="') * len(rollout(0, 0)["completion_tokens"])
+    assert int(driven[1]) == html.count(" data-credit=") * len(rollout(0, 0)["completion_tokens"])
     assert not is_owned(document)
 
 

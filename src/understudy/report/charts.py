@@ -113,13 +113,14 @@ def line_chart(
     points = [point for kept in cleaned for point in kept]
     if not points:
         return _empty(title, dropped, frame)
-    places = [p.x for p in points] + [x for region in regions for x in (region.start, region.end)]
+    # What was found before the first step, or after the last that was written, has its place too.
+    places = [p.x for p in points] + [mark.x for mark in marks]
+    places += [x for region in regions for x in (region.start, region.end)]
     x_axis = (log_x_axis if log_x else linear_x_axis)(places, frame.left, frame.right)
     x_axis = replace(x_axis, ticks=()) if regions else x_axis
     plot = _Plot(frame, x_axis, _vertical(points, [value for _, value in references], percent, frame), percent)
     names = [one.name for one in series] + [name for name, _ in references]
     legend, rows = draw.legend(names, len(series), frame)
-    shown = [mark for mark in marks if x_axis.low <= mark.x <= x_axis.high]
     parts = [
         draw.axes(frame, x_axis, plot.y, percent),
         _regions(regions, plot),
@@ -128,12 +129,12 @@ def line_chart(
         *(_band(i, _thin(kept), plot) for i, kept in enumerate(cleaned)),
         *(_line(i, _thin(kept), plot) for i, kept in enumerate(cleaned)),
         *(_markers(i, _thin(kept), plot) for i, kept in enumerate(cleaned)),
-        _marks(shown, plot),
+        _marks(marks, plot),
         legend,
     ]
-    words = "; ".join(f"{mark.label} {mark.words}" for mark in shown)
+    words = "; ".join(f"{mark.label} {mark.words}" for mark in marks)
     summary = f"{title}. {_summary(series, percent)}{f' Marked: {words}.' if words else ''}"
-    readings = _readings(series, cleaned, shown, plot, x_words) | {
+    readings = _readings(series, cleaned, marks, plot, x_words) | {
         "title": title,
         "label": "" if x_words else x_label,
         "references": [f"{name}: {_value(value, None, percent)}" for name, value in references],

@@ -75,7 +75,10 @@ def write_page(template: str, out: Path, context: Mapping[str, Any]) -> Path:
         trim_blocks=True,
     )
     environment.filters["paragraphs"] = paragraphs
-    scripts = {name: environment.get_template(f"{name}.js").render() for name in ("tokens", "charts", "credit")}
+    scripts = {
+        name: "\n".join(environment.get_template(f"{part}.js").render() for part in parts)
+        for name, parts in (("common", ("tokens", "charts")), ("credit", ("credit",)))
+    }
     # The page's policy allows these by their hashes: markup that came in with a text could not run any other.
     hashes = [f"'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'" for script in scripts.values()]
     allowed = {name: Markup(script) for name, script in scripts.items()}

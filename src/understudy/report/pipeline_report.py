@@ -131,18 +131,22 @@ def _deepest_fall(course: Sequence[Point], metric: str) -> str:
     if not falls:
         return ""
     _, index, high, low = max(falls, key=lambda fall: fall[0])
-    words = f"forgotten: {_value(high.row, metric)} → {_value(low.row, metric)} {low.words}"
+    words = f"forgotten: {_number(high.row, metric)} → {_number(low.row, metric)} {low.words}"
     after = [point.row for point in course[index + 1 :] if _is_below(low.row, point.row, metric)]
     if not after:
         return words
     best = max(after, key=lambda row: row[metric])
-    return f"{words}; {'partly ' if _is_below(best, high.row, metric) else ''}recovered: {_value(best, metric)}"
+    return f"{words}; {'partly ' if _is_below(best, high.row, metric) else ''}recovered: {_number(best, metric)}"
 
 
 def _is_below(low: Row, high: Row, metric: str) -> bool:
     """Clearly: by more than a few standard errors of the difference."""
     errors = [page.finite_number(row.get(f"{metric}_se")) or 0.0 for row in (low, high)]
     return high[metric] - low[metric] > max(_CLEAR * math.hypot(*errors), 1e-9)
+
+
+def _number(row: Row, metric: str) -> str:
+    return formatting.percent(page.finite_number(row.get(metric)))
 
 
 def _value(row: Row, metric: str) -> str:

@@ -151,7 +151,7 @@ def _environment_rows(runs: Mapping[str, RunData]) -> list[dict[str, str]]:
     """Where each run's last start ran."""
     items = {name: environment_items(run.environments[-1]) for name, run in runs.items() if run.environments}
     keys = dict.fromkeys(key for own in items.values() for key in own)
-    return [{"": key} | {name: items.get(name, {}).get(key, "–") for name in runs} for key in keys]
+    return [{"What": key} | {name: items.get(name, {}).get(key, "–") for name in runs} for key in keys]
 
 
 def _last_answers(runs: Mapping[str, RunData]) -> list[list[tuple[str, Row]]]:

@@ -199,7 +199,7 @@ def environment_rows(environments: Sequence[Row]) -> list[dict[str, str]]:
         for row in environments
     ]
     keys = dict.fromkeys(key for _, items in starts for key in items)
-    return [{"": key} | {name: items.get(key, "–") for name, items in starts} for key in keys]
+    return [{"What": key} | {name: items.get(key, "–") for name, items in starts} for key in keys]
 
 
 def environment_items(row: Row) -> dict[str, str]:

@@ -58,10 +58,10 @@ def _points(path: Path, index: int, phase: Row) -> list[Point]:
     inside = [row for row in rows if steps and 0 < row["step"] < steps]
     name = f"phase {index + 1}, {phase['name']}"
     if phase["method"] not in TRAINING:
-        return [Point(index + 0.5, name, phase["final"])]
+        return [Point(index + 0.5, f"in {name}", phase["final"])]
     return [
         Point(index, f"before {name}", phase["start"]),
-        *(Point(index + row["step"] / steps, f"{name}, step {row['step']:g}", row) for row in inside),
+        *(Point(index + row["step"] / steps, f"in {name}, step {row['step']:g}", row) for row in inside),
         Point(index + 1, f"after {name}", phase["final"]),
     ]
 
