@@ -13,6 +13,7 @@ PARTS = {
     "scaling": "How the step grows",
     "lm_head": "The loss at the LM head",
     "served": "Roles on servers",
+    "chart_libraries": "Charts in a page of one file",
     "gpu": "One data-centre GPU",
 }
 MISSING = {"gpu": "Not measured: no GPU was at hand."}

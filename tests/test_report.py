@@ -23,7 +23,7 @@ from understudy.report import (
 )
 from understudy.report import formatting as fmt
 from understudy.report.chart_shapes import NORMAL
-from understudy.report.charts import MAX_POINTS, Mark, Region
+from understudy.report.charts import MAX_POINTS
 from understudy.report.curves import carried_costs
 from understudy.report.page import choose_scale, grid
 from understudy.report.run_data import flatten, merge_by_step, read_jsonl

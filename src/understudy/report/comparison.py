@@ -86,11 +86,15 @@ def comparison_charts(arms: Sequence[Arm], rows: Mapping[str, Sequence[Row]]) ->
     has_cost = any(row[FLOPS] > 0 for arm in arms if not arm.reference for row in rows[arm.name])
     for metric in page.evaluation_metrics(row for arm in arms for row in rows[arm.name]):
         for x_key in (_STEPS, FLOPS) if has_cost else (_STEPS,):
-            charts.append(_accuracy_chart(arms, rows, metric, (page.metric_words(metric), x_key)))
+            charts.append(_accuracy_chart(arms, rows, metric, (_decoded(metric), x_key)))
     for key, words in (("reverse_kl/full", "full vocabulary"), ("reverse_kl/mean", "sampled tokens")):
         lines = [page.series(rows[arm.name], key, arm.name) for arm in arms if not arm.reference]
         charts.append(_chart(lines, f"Reverse KL, {words}", "nats per token"))
     return [chart for chart in charts if chart]
+
+
+def _decoded(metric: str) -> str:
+    return page.metric_words(metric).replace(", T = ", ", sampled at T = ")
 
 
 def _accuracy_chart(

@@ -48,7 +48,7 @@ def write_figures(curves: Sequence[Curve], folder: Path) -> list[Path]:
         with rc_context(STYLE):
             figure = Figure(figsize=BOTH if curve.wide else COLUMN, layout="constrained")
             axes = figure.add_subplot()
-            _draw(curve, axes)
+            draw(curve, axes)
             if len(axes.get_legend_handles_labels()[1]) > 1:  # below: no corner is free of lines for certain
                 figure.legend(loc="outside lower center", ncols=4 if curve.wide else 2, frameon=False)
             figure.savefig(svg, metadata={"Date": None})
@@ -97,7 +97,8 @@ def _bands(line: Series) -> list[tuple[float, float] | None]:
     ]
 
 
-def _draw(curve: Curve, axes: Axes) -> None:
+def draw(curve: Curve, axes: Axes) -> None:
+    """The curve into axes of one's own figure."""
     factor = 100.0 if curve.percent else 1.0
     for index, line in enumerate(curve.lines):
         known = [
