@@ -15,6 +15,7 @@ PARTS = {
     "served": "Roles on servers",
     "guards": "What the guards notice",
     "report": "Pages of token credit",
+    "chart_libraries": "Charts in a page of one file",
     "gpu": "One data-centre GPU",
 }
 MISSING = {"gpu": "Not measured: no GPU was at hand."}

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from _step import LEARNING_RATE, SHAPES, Workload, prepare
 from lm_head import machine, memory_mb, start_memory
 
-from understudy.report.charts import GRID_STYLE, LABEL_STYLE, PALETTE, TITLE_STYLE
+from understudy.report.chart_shapes import GRID_STYLE, LABEL_STYLE, PALETTE, TITLE_STYLE
 from understudy.report.scales import Axis, log_ticks
 
 RESULTS = Path(__file__).parent / "results" / "scaling"

@@ -12,6 +12,7 @@ import tomli_w
 from understudy.report import Arm, RolloutPair, write_comparison, write_run_report
 from understudy.report.credit_page import CreditUnit, write_credit_page
 from understudy.report.pipeline_report import write_pipeline_report
+from understudy.report.run_comparison import write_run_comparison
 
 OWN = "document.title='owned';document.documentElement.setAttribute('data-owned','1')"
 TEXTS = (
@@ -109,6 +110,17 @@ def run_page(folder: Path) -> Path:
     (folder / "config.toml").write_text(tomli_w.dumps(config), encoding="utf-8")
     costs = {text: {"tokens": 3, "flops": 1e9, "seconds": 2.0} for text in TEXTS}
     (folder / "costs.json").write_text(json.dumps({"schema_version": 1, "roles": costs}), encoding="utf-8")
+    everything = " ".join(TEXTS)
+    places = [{"file": "rollouts/step_000002.jsonl", "index": 1, "prompt_index": TEXTS[0]}]
+    places += [{"file": TEXTS[6], "index": 0, "prompt_index": 1}]
+    alarm = {"step": 1, "guard": TEXTS[0], "action": TEXTS[1], "words": everything, "causes": everything}
+    lines(folder / "guards.jsonl", [alarm | {"rollouts": places}])
+    check = {"step": 0, "check": TEXTS[2], "level": "warn", "evidence": everything, "remedy": everything}
+    lines(folder / "doctor.jsonl", [check])
+    lines(
+        folder / "environment.jsonl",
+        [{"step": 0, "packages": dict(zip(TEXTS, TEXTS, strict=True)), **dict.fromkeys(TEXTS, 1)}],
+    )
     for step in (0, 2):
         lines(folder / "rollouts" / f"step_{step:06d}.jsonl", [rollout(step, index) for index in range(2)])
     return write_run_report(folder)
@@ -177,4 +189,16 @@ def credit_page(folder: Path) -> Path:
     return write_credit_page([alone, pair], folder / "credit.html", title=TEXTS[14] + TEXTS[0], facts=TEXTS)
 
 
-PAGES = {"run": run_page, "comparison": comparison_page, "pipeline": pipeline_page, "credit": credit_page}
+def runs_page(folder: Path) -> Path:
+    """Two runs of these texts side by side."""
+    runs = [run_page(folder / name).parent for name in ("javascript:", "b")]
+    return write_run_comparison(runs, folder / "runs.html")
+
+
+PAGES = {
+    "run": run_page,
+    "runs": runs_page,
+    "comparison": comparison_page,
+    "pipeline": pipeline_page,
+    "credit": credit_page,
+}

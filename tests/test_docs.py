@@ -281,6 +281,7 @@ def graded(prompt: Prompt, completion: str, finish_reason: str) -> Grade:
 def generic(name: str) -> str:
     name = re.sub(r"^time/\w+$", "time/<role>", name)
     name = re.sub(r"^eval/ledger/(greedy|t1)", "eval/<task>/<decoding>", name)
+    name = re.sub(r"^by_task/ledger/.+", "by_task/<task>/<name>", name)
     return re.sub(r"_pass@\d+$", "_pass@<m>", name).replace("_words", "_<detail>")
 
 
@@ -369,6 +370,7 @@ def test_folders_hold_what_is_said(runs: Mapping[str, Path]) -> None:
         return {path.name for path in folder.iterdir()} - {".lock"}
 
     training = {"config.toml", "metrics.jsonl", "costs.json", "checkpoints", "report.html"}
+    training |= {"doctor.jsonl", "environment.jsonl"}
     assert names(runs["full"]) == training | {"rollouts"}
     assert names(runs["sft"]) == training
     assert names(runs["generate"]) == {"config.toml", "samples.jsonl", "costs.json"}

@@ -1,5 +1,6 @@
 """A step's numbers, worked out by hand, and the file they go to."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,41 @@ def test_rollout_metrics_by_hand() -> None:
             "teacher/rejected_end_share": 0.0,
         }
     )
+
+
+def of_prompt(index: int, gaps: list[float], *, reward: float | None = None, **names: str) -> ScoredRollout:
+    """Marked by ``gaps`` nats, written with log p = -1."""
+    rollout = rollout_of(prompt_of([1], index, **names), [5] * len(gaps), [-1.0] * len(gaps))
+    return ScoredRollout(rollout, SampledScores([-1.0 - gap for gap in gaps]), reward)
+
+
+def test_standard_errors_are_over_prompts() -> None:
+    """Prompt 0 has 3 tokens with a sum of 3, prompt 1 has 1 with 3: mean 1.5, r = 3 - 4.5 and 3 - 1.5, so
+    sqrt(2 * (2.25 + 2.25)) / 4."""
+    rows = [of_prompt(0, [1.0, 0.0], reward=1.0), of_prompt(0, [2.0], reward=0.0), of_prompt(1, [3.0], reward=1.0)]
+    metrics = rollout_metrics(rows)
+    assert metrics["reverse_kl/mean"] == 1.5
+    assert metrics["reverse_kl/mean_se"] == pytest.approx(0.75)
+    assert metrics["entropy/sampled_se"] == 0.0
+    # Rewards: 1 of 2, and 1 of 1; mean 2/3, r = 1 - 4/3 and 1 - 2/3.
+    assert metrics["reward/mean_se"] == pytest.approx(math.sqrt(2 * (1 / 9 + 1 / 9)) / 3)
+    assert metrics["truncated/share"] == 1.0
+    assert not [name for name in rollout_metrics(rows[:2]) if name.endswith("_se")]  # one prompt
+
+
+def test_every_task_and_every_teacher_has_its_own_means() -> None:
+    rows = [
+        of_prompt(0, [1.0], task="sums", teacher="maths"),
+        of_prompt(1, [3.0], task="sums", teacher="maths"),
+        of_prompt(2, [5.0, 6.0], task="chat", teacher="default"),
+    ]
+    metrics = rollout_metrics(rows)
+    assert metrics["by_task/sums/reverse_kl/mean"] == metrics["by_teacher/maths/reverse_kl/mean"] == 2.0
+    assert metrics["by_task/sums/reverse_kl/mean_se"] == 1.0
+    assert metrics["by_task/chat/completion_length/mean"] == 2.0
+    assert metrics["by_teacher/default/reverse_kl/mean"] == 5.5
+    assert "by_task/chat/reverse_kl/mean_se" not in metrics
+    assert not [name for name in rollout_metrics([of_prompt(0, [1.0])]) if name.startswith("by_")]
 
 
 def test_where_the_teacher_finds_tokens_impossible() -> None:

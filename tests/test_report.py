@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,15 @@ from understudy.report import (
     write_run_report,
 )
 from understudy.report import formatting as fmt
-from understudy.report.charts import MAX_POINTS, PLOT_BOTTOM, PLOT_LEFT, PLOT_RIGHT, PLOT_TOP
-from understudy.report.comparison import with_cost
+from understudy.report.chart_shapes import NORMAL
+from understudy.report.charts import MAX_POINTS
+from understudy.report.curves import carried_costs
 from understudy.report.page import choose_scale, grid, points, series
 from understudy.report.run_data import flatten, merge_by_step, read_jsonl
-from understudy.report.run_report import worst_tokens
 from understudy.report.scales import log_x_axis, nice_ticks
 from understudy.report.token_text import align
 from understudy.report.tokens import LEVELS, colour_level, reverse_kl, visible_text
+from understudy.report.worst_tokens import worst_tokens
 
 
 def make_rollout(tokens: list[str], text: str | None = None, **changes: Any) -> dict[str, Any]:
@@ -226,17 +228,28 @@ def test_worst_tokens_are_ranked_with_context() -> None:
 
 def test_chart_places_known_points() -> None:
     svg = line_chart([Series("a", [(0, 0), (5, 50), (10, 100)])], title="t", x_label="x", y_label="y")
-    middle_x, middle_y = (PLOT_LEFT + PLOT_RIGHT) // 2, (PLOT_TOP + PLOT_BOTTOM) // 2
-    path = f"M{PLOT_LEFT} {PLOT_BOTTOM}L{middle_x} {middle_y}L{PLOT_RIGHT} {PLOT_TOP}"
+    middle_x, middle_y = (NORMAL.left + NORMAL.right) // 2, (NORMAL.top + NORMAL.bottom) // 2
+    path = f"M{NORMAL.left} {NORMAL.bottom}L{middle_x} {middle_y}L{NORMAL.right} {NORMAL.top}"
     assert f'd="{path}"' in svg
 
 
-def test_chart_tooltips_legend_and_bands() -> None:
+def readings(svg: str) -> dict[str, Any]:
+    """What the page's script reads out of a chart."""
+    found = re.search(r'data-chart="([^"]*)"', svg)
+    assert found
+    return json.loads(unescape(found[1]))
+
+
+def test_chart_readings_legend_and_bands() -> None:
     points = [(0.0, 0.25), (10.0, 0.5)]
     series = [Series("greedy <1>", points, [0.02, 0.03]), Series("t1", points)]
     svg = line_chart(series, title="t", x_label="x", y_label="y", percent=True, references=[("teacher", 0.9)])
-    assert "<title>greedy &lt;1&gt;, 10: 50.0 % ± 3.0</title>" in svg
-    assert "<title>teacher: 90.0 %</title>" in svg
+    found = readings(svg)
+    assert (found["x"], found["label"], found["references"]) == (["0", "10"], "x", ["teacher: 90.0 %"])
+    assert [(row["name"], row["values"][1]) for row in found["rows"]] == [
+        ("greedy <1>", "50.0 % ± 3.0"),
+        ("t1", "50.0 %"),
+    ]
     assert svg.count('class="band"') == 1
     assert "var(--series-3," in svg
     assert "<1>" not in svg
@@ -265,8 +278,9 @@ def test_chart_survives_degenerate_ranges(points: list[tuple[float, float]], log
 def test_long_series_keep_their_spikes() -> None:
     points = [(float(i), 1000.0 if i == 777 else 1.0) for i in range(5000)]
     svg = line_chart([Series("a", points)], title="t", x_label="x", y_label="y")
-    assert svg.count("<title>") <= MAX_POINTS
-    assert "a, 777: 1,000" in svg
+    found = readings(svg)
+    assert len(found["x"]) <= MAX_POINTS
+    assert found["rows"][0]["values"][found["x"].index("777")] == "1,000"
 
 
 def test_log_axis_gives_zero_its_own_place() -> None:
@@ -321,7 +335,7 @@ def test_secrets_in_a_configuration_stay_hidden() -> None:
 
 
 def test_cost_is_carried_forward() -> None:
-    rows = with_cost([{"step": 0}, {"step": 1, "cost/flops": 5.0}, {"step": 2}])
+    rows = carried_costs([{"step": 0}, {"step": 1, "cost/flops": 5.0}, {"step": 2}])
     assert [row["cost/flops"] for row in rows] == [0.0, 5.0, 5.0]
 
 
@@ -370,7 +384,8 @@ def make_run(folder: Path) -> Path:
 
 def assert_self_contained(html: str) -> None:
     assert not re.search(r"<(link|img|iframe|object|embed)\b|@import|url\(", html)
-    assert not re.search(r"(src|href)\s*=", re.sub(r"<script>.*?</script>", "", html, flags=re.DOTALL))
+    without = re.sub(r"<script>.*?</script>", "", html, flags=re.DOTALL)
+    assert re.findall(r"(?:src|href)\s*=\s*(?!\"#)", without) == []
     assert "<script src" not in html
 
 

@@ -115,6 +115,14 @@ def test_amended_rows_keep_their_times(tmp_path: Path) -> None:
         assert folder.last_row() == row
 
 
+def test_the_newest_alarm_is_told_when_a_run_goes_on(tmp_path: Path) -> None:
+    with RunFolder(config(tmp_path / "run"), method="distill") as folder:
+        assert folder.last_alarm() is None
+        for guard in ("entropy", "length"):
+            folder.alarms.append({"step": 1, "guard": guard, "rollouts": [{"file": None}]})
+        assert folder.last_alarm() == {"step": 1, "guard": "length", "rollouts": [{"file": None}]}
+
+
 def test_weights_for_a_server_alone_are_no_run(tmp_path: Path) -> None:
     """A crash between the first push and config.toml."""
     (tmp_path / "run" / "sampler_weights" / "a").mkdir(parents=True)

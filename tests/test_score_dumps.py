@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from understudy import ConfigError
-from understudy.report.run_report import worst_tokens
+from understudy.report.worst_tokens import worst_tokens
 from understudy.score.dumps import READERS, read_object, recognised
 from understudy.score.sources import read_file, read_source, stored_steps
 

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from understudy import statistics
-from understudy.statistics import mean_and_error, pass_at_k, sign_flip_p_value, t_critical, t_interval
+from understudy.statistics import (
+    mean_and_error,
+    pass_at_k,
+    ratio_and_error,
+    sign_flip_p_value,
+    t_critical,
+    t_interval,
+)
 
 # Of an estimate from as many simulations as the tests below use, with their fixed seeds.
 SIMULATIONS = 4000
@@ -19,6 +26,19 @@ def test_mean_and_error_by_hand() -> None:
     """Values 0, 1, 1, 1: variance 1/4 over 3 degrees, standard error sqrt(1/16)."""
     assert mean_and_error([0.0, 1.0, 1.0, 1.0]) == (0.75, pytest.approx(0.25))
     assert mean_and_error([0.5]) == (0.5, 0.0)
+
+
+def test_the_error_of_a_ratio_is_that_of_the_means_where_clusters_are_alike_and_its_own_where_not() -> None:
+    clusters = [(2.0, 4), (4.0, 4), (4.0, 4), (4.0, 4)]
+    assert ratio_and_error(clusters) == tuple(map(pytest.approx, mean_and_error([0.5, 1.0, 1.0, 1.0])))
+    assert ratio_and_error([(3.0, 2)]) == (1.5, None)
+    # Lengths vary, and longer clusters have larger values: the spread of the estimate over many draws.
+    draw = np.random.default_rng(0)
+    counts = draw.integers(1, 20, size=(SIMULATIONS, 60))
+    sums = counts * (0.1 * counts + draw.normal(size=counts.shape))
+    found = [ratio_and_error(list(zip(s.tolist(), c.tolist(), strict=True))) for s, c in zip(sums, counts, strict=True)]
+    errors = [error for _, error in found if error is not None]
+    assert np.mean(errors) == pytest.approx(np.std([mean for mean, _ in found]), rel=0.05)
 
 
 def test_error_over_problem_means_is_the_cluster_robust_one() -> None:

@@ -134,7 +134,7 @@ def _run(
         if folder.trained and kept and not folder.owes_evaluation:
             log.info("%s: all %d steps are done; raise optim.num_steps to go on", folder.path, steps)
             return _finished(folder, folder.last_row(), None)
-        look_before(folder.config, method, checked, given, examples)
+        findings = look_before(folder.config, method, checked, given, examples)
         if folder.checkpoint:
             log.info("%s: going on after step %d of %d", folder.path, folder.first_step, steps)
         stop = StopRequest(folder.config.checkpoints.stop_within_seconds)
@@ -148,6 +148,7 @@ def _run(
                     _load_state(parts.trainer, folder)
                 parts.sampler.set_policy_version(folder.first_step)
                 folder.write_config(parts.config)
+                folder.write_start([finding.row for finding in findings])
                 recorder = Recorder(
                     folder,
                     parts.config,

@@ -178,40 +178,6 @@ def doctor(
     return report.exit_code
 
 
-def report(*runs: Path) -> int:
-    """Write report.html anew from the files of a run or a pipeline.
-
-    For example:
-
-        understudy report runs/a
-
-    Parameters
-    ----------
-    runs
-        Folders of runs, or of pipelines.
-    """
-    from understudy.pipeline_state import load_state
-    from understudy.report import write_run_report
-    from understudy.report.pipeline_report import write_pipeline_report
-
-    if not runs:
-        raise ConfigError("report", got="no folder", expected="a run's output_dir", remedy="understudy report runs/a")
-    for run in runs:
-        if (run / "pipeline.json").exists():
-            load_state(run)  # raises for what is not whole
-            print(write_pipeline_report(run))
-            continue
-        if not (run / "config.toml").exists():
-            raise ConfigError(
-                f"run {run}",
-                got="a folder without config.toml" if run.is_dir() else "no such folder",
-                expected="a run's output_dir",
-                remedy="check the path",
-            )
-        print(write_run_report(run))
-    return 0
-
-
 def experiment(
     claim: str,
     /,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from understudy.config_objective import ObjectiveConfig
 from understudy.divergences import KINDS
 from understudy.errors import ConfigError, first_line
 from understudy.json_text import parsed
+from understudy.statistics import ratio_and_error
 from understudy.types import Rollout, ScoredRollout, Scores, TrainingExample
 
 _DEFAULTS = ObjectiveConfig()
@@ -42,21 +43,21 @@ class MetricsLog:
     def truncate_after(self, step: int) -> None:
         """Drop rows of later steps, and a last line cut by a crash: they will be written again."""
         if self.path.exists():
-            rows = [row for row in _rows_of_steps(self.path) if row["step"] <= step]
+            rows = [row for row in rows_of_steps(self.path) if row["step"] <= step]
             write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows in order; a half-written last line is left out. Raises ConfigError for one that is no row of a step."""
-    rows = _rows_of_steps(path)
+    rows = rows_of_steps(path)
     for number, row in enumerate(rows, 1):
         if odd := [name for name, value in row.items() if type(value) not in (int, float)]:
             raise _no_row(path, number, f"{odd[0]} = {row[odd[0]]!r}")
     return rows
 
 
-def _rows_of_steps(path: Path) -> list[dict[str, Any]]:
-    """Objects with a step, in order."""
+def rows_of_steps(path: Path) -> list[dict[str, Any]]:
+    """Objects with a step, in order; a half-written last line is left out. Raises ConfigError for a line that is none."""
     rows = []
     *lines, _ = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
@@ -86,18 +87,14 @@ def rollout_metrics(
     rollouts = [s.rollout for s in scored]
     lengths = [len(r.completion_ids) for r in rollouts]
     tokens = sum(lengths)
-    metrics = {
-        "completion_length/mean": tokens / len(rollouts),
+    metrics = _means(scored) | {
         "completion_length/max": float(max(lengths)),
-        "truncated/share": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
         "repeated_4gram/share": sum(repeated_4grams(r.completion_ids) for r in rollouts) / max(1, tokens),
-        "entropy/sampled": -sum(math.fsum(r.sampler_logprobs) for r in rollouts) / tokens,
     }
     if num_written is not None and num_written > len(scored):
         metrics["teacher/away_share"] = 1 - len(scored) / num_written
     gaps = _gaps([(s.rollout, s.scores) for s in scored])
     if gaps:
-        metrics["reverse_kl/mean"] = math.fsum(gaps) / len(gaps)
         metrics["reverse_kl/max"] = max(gaps)
     drift = _gaps([(s.rollout, s.reference) for s in scored])
     if gaps and objective.signal_clip is not None:
@@ -107,10 +104,46 @@ def rollout_metrics(
         metrics["reverse_kl/clipped_share"] = sum(abs(signal) > limit for signal in signals) / len(signals)
     if drift:
         metrics["reference_kl/mean"] = math.fsum(drift) / len(drift)
-    rewards = [s.reward for s in scored if s.reward is not None]
-    if rewards:
-        metrics["reward/mean"] = sum(rewards) / len(rewards)
-    return metrics | agreement_metrics(scored)
+    return metrics | agreement_metrics(scored) | _parts(scored)
+
+
+# A completion's share in a mean: what is added up, and what the sum is divided by; None: none.
+_AMOUNTS: Mapping[str, Callable[[ScoredRollout], tuple[float, int] | None]] = {
+    "reverse_kl/mean": lambda own: None if own.scores is None else _summed(_gaps([(own.rollout, own.scores)])),
+    "entropy/sampled": lambda own: (-math.fsum(own.rollout.sampler_logprobs), len(own.rollout.completion_ids)),
+    "completion_length/mean": lambda own: (len(own.rollout.completion_ids), 1),
+    "truncated/share": lambda own: (own.rollout.finish_reason == "length", 1),
+    "reward/mean": lambda own: None if own.reward is None else (own.reward, 1),
+}
+# Rows and configurations that name no task, or no teacher, have this one.
+_UNNAMED = "default"
+
+
+def _means(scored: Sequence[ScoredRollout]) -> dict[str, float]:
+    """Means, and their standard errors over prompts: completions of one prompt are no independent draws."""
+    metrics: dict[str, float] = {}
+    for name, amount in _AMOUNTS.items():
+        by_prompt: dict[int, tuple[float, int]] = {}
+        for own in scored:
+            if (found := amount(own)) is not None:
+                before = by_prompt.get(own.rollout.prompt.index, (0.0, 0))
+                by_prompt[own.rollout.prompt.index] = (before[0] + found[0], before[1] + found[1])
+        if by_prompt:
+            metrics[name], error = ratio_and_error(list(by_prompt.values()))
+            metrics |= {} if error is None else {f"{name}_se": error}
+    return metrics
+
+
+def _parts(scored: Sequence[ScoredRollout]) -> dict[str, float]:
+    """The same of each task's completions, and of each teacher's, where they have names."""
+
+    def of(kind: str, names: Sequence[str]) -> Iterator[tuple[str, float]]:
+        for part in dict.fromkeys(names) if set(names) != {_UNNAMED} else ():
+            own = [one for one, name in zip(scored, names, strict=True) if name == part]
+            yield from ((f"by_{kind}/{part}/{name}", value) for name, value in _means(own).items())
+
+    prompts = [one.rollout.prompt for one in scored]
+    return dict(of("task", [p.task for p in prompts])) | dict(of("teacher", [p.teacher for p in prompts]))
 
 
 def agreement_metrics(scored: Sequence[ScoredRollout]) -> dict[str, float]:
@@ -160,6 +193,10 @@ def _gaps(marked: Sequence[tuple[Rollout, Scores | None]]) -> list[float]:
         if scores is not None
         for p, q in zip(rollout.sampler_logprobs, scores.teacher_logprobs, strict=True)
     ]
+
+
+def _summed(values: Sequence[float]) -> tuple[float, int]:
+    return math.fsum(values), len(values)
 
 
 def repeated_4grams(ids: Sequence[int]) -> int:

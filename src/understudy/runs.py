@@ -1,6 +1,7 @@
 """A run's folder: who may write in it, what it holds, where an interrupted run goes on.
 
-config.toml  metrics.jsonl  guards.jsonl  costs.json  rollouts/  checkpoints/  report.html
+config.toml  metrics.jsonl  doctor.jsonl  guards.jsonl  environment.jsonl  costs.json  rollouts/  checkpoints/
+report.html
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from understudy.checkpoints import (
 from understudy.config import RunConfig
 from understudy.config_served import WEIGHTS_FOLDER, ServerConfig
 from understudy.costs import CostLedger
+from understudy.environment import environment
 from understudy.errors import ConfigError, first_line
 from understudy.locking import LOCK_FILE, lock_folder
-from understudy.metrics import MetricsLog, read_metrics
+from understudy.metrics import MetricsLog, read_metrics, rows_of_steps
 from understudy.rollout_store import rollouts_path, write_rollouts
 
 if TYPE_CHECKING:
@@ -77,6 +79,8 @@ class RunFolder:
         self.checkpoints_path = self.path / "checkpoints"
         self.metrics = MetricsLog(self.path / "metrics.jsonl")
         self.alarms = MetricsLog(self.path / "guards.jsonl")
+        # One row, or a few, for each time that the run was begun or gone on with; "step": after which.
+        self.starts = tuple(MetricsLog(self.path / f"{name}.jsonl") for name in ("environment", "doctor"))
         try:
             self._refuse_unless_usable(resume)
             self._lock = self._take_lock()
@@ -236,6 +240,15 @@ class RunFolder:
         )
         write_atomic(self.path / "config.toml", config.to_toml(header))
 
+    def write_start(self, findings: Sequence[Mapping[str, Any]]) -> None:
+        """Store where this process runs, and what the doctor found before it began; after ``write_config``."""
+        for rows in self.starts:
+            rows.truncate_after(self.first_step - 1)  # what began here before left nothing
+        environments, doctor = self.starts
+        environments.append({"step": self.first_step, "method": self.method, **environment()})
+        for finding in findings:
+            doctor.append({"step": self.first_step, **finding})
+
     def record(self, step: int, row: Mapping[str, Any]) -> dict[str, Any]:
         """Append a step's metrics with its running costs."""
         full = {"step": step, **row}
@@ -272,7 +285,7 @@ class RunFolder:
 
     def last_alarm(self) -> dict[str, Any] | None:
         """The newest of the guards' alarms, if there is one."""
-        alarms = read_metrics(self.alarms.path) if self.alarms.path.exists() else []
+        alarms = rows_of_steps(self.alarms.path) if self.alarms.path.exists() else []
         return alarms[-1] if alarms else None
 
     def last_row(self) -> dict[str, Any]:

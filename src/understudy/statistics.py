@@ -27,6 +27,21 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(variance / len(values))
 
 
+def ratio_and_error(clusters: Sequence[tuple[float, int]]) -> tuple[float, float | None]:
+    """(mean, standard error) of things in clusters of unlike sizes, each given as (sum, count).
+
+    The mean is sum / count over all; its error is that of a ratio of two sums (Cochran, Sampling Techniques, 6.13):
+    with r = a cluster's sum - mean * its count, sqrt(n / (n - 1) * sum of r^2) / count. Clusters of one size give
+    ``mean_and_error`` of their means. Of one cluster the error is unknown: None.
+    """
+    count = sum(own for _, own in clusters)
+    mean = math.fsum(own for own, _ in clusters) / count
+    if len(clusters) < 2:
+        return mean, None
+    squares = math.fsum((total - mean * own) ** 2 for total, own in clusters)
+    return mean, math.sqrt(len(clusters) / (len(clusters) - 1) * squares) / count
+
+
 def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
     """Probability that at least one of ``k`` completions passes, estimated without bias from more: the share of all
     ``k``-subsets of the samples that hold one, 1 - C(n - c, k) / C(n, k).

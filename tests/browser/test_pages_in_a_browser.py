@@ -13,7 +13,8 @@ from pages import until
 from hostile import OWN, PAGES, TEXTS, rollout
 
 POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
-# Point at every token, move the focus to it, write into every field, press every button, open every fold.
+# Point at every token, move the focus to it, write into every field, press every button, open every fold, read every
+# chart out.
 DRIVE = """() => {
   const tokens = [...document.querySelectorAll(".tokens > b")];
   for (const token of tokens) {
@@ -28,6 +29,11 @@ DRIVE = """() => {
   }
   for (const button of document.querySelectorAll("button")) button.click();
   for (const one of document.querySelectorAll("details")) one.open = true;
+  for (const plot of document.querySelectorAll(".plot")) {
+    plot.focus();
+    for (const key of ["Home", "ArrowRight", "End"]) plot.dispatchEvent(new KeyboardEvent("keydown", {key}));
+    if (document.getElementById("chart-tip").hidden) throw new Error("no reading of a chart");
+  }
   window.dispatchEvent(new Event("beforeprint"));
   return tokens.length;
 }"""

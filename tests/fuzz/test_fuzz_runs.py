@@ -14,7 +14,7 @@ from test_fuzz_checkpoints import ODD, Trap, change_node, damage, damaged
 
 from understudy import RunConfig, distill, evaluate
 from understudy.checkpoints import STATE_FILE, SUMS_FILE, newest_state, write_sums
-from understudy.cli_tools import report
+from understudy.cli_report import report
 from understudy.compare import compare
 from understudy.config_pipeline import PipelineConfig
 from understudy.pipeline import pipeline
@@ -22,7 +22,10 @@ from understudy.report import write_run_report
 from user import bpe_tokenizer, save_model, tree, write_rows, write_toml
 
 # Of a run's folder, beside its checkpoints.
-RECORDS = ("config.toml", "metrics.jsonl", "costs.json", "rollouts/step_000000.jsonl")
+RECORDS = (
+    *("config.toml", "metrics.jsonl", "costs.json", "rollouts/step_000000.jsonl"),
+    *("environment.jsonl", "doctor.jsonl"),
+)
 STATE_KEYS = ("step", "trainer", "costs", "method", "optimizer", "state", "param_groups", "roles", "flops", "exp_avg")
 TENSORS = st.sampled_from([torch.zeros(3), torch.full((2, 2), float("nan")), torch.zeros(0), torch.tensor(1)])
 

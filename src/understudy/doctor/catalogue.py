@@ -64,12 +64,13 @@ def diagnose(
 
 def look_before(
     config: RunConfig, method: Method, checked: Checked, given: Given, examples: Sequence[TrainingExample] = ()
-) -> None:
-    """The fast form, for a run that ``check_run`` lets begin: a line in the log for each warning. ``examples``: what
-    `sft` trains on.
+) -> list[Finding]:
+    """The fast form, for a run that ``check_run`` lets begin: what passes and what warns, with a line in the log for
+    each warning. ``examples``: what `sft` trains on.
 
     Raises ConfigError for what fails.
     """
+    findings: list[Finding] = []
     case = Case(config, method, given, checked, fast=True, loaded=examples)
     for check in _chosen(method, fast=True):
         for found in check.run(case):
@@ -79,6 +80,8 @@ def look_before(
                 raise ConfigError(check.name, got=finding.evidence, expected=passes, remedy=finding.remedy)
             if finding.level == "warn":
                 log.warning("doctor, %s", finding.line)
+            findings.append(finding)
+    return findings
 
 
 def _chosen(method: Method, fast: bool) -> Iterator[Check]:

@@ -55,6 +55,11 @@ class Finding:
         """For a log: check, what was seen, what helps."""
         return f"{self.check}: {self.evidence.partition(chr(10))[0]}; {self.remedy}"
 
+    @property
+    def row(self) -> dict[str, str]:
+        """For a run's doctor.jsonl: everything but ``numbers``."""
+        return {key: value for key, value in asdict(self).items() if key != "numbers"}
+
 
 @dataclass(frozen=True)
 class Report:

@@ -1,46 +1,87 @@
 """Line charts as inline SVG text: no dependency, readable in print, by keyboard and without colour.
 
 Series differ in colour, dash and marker. Colours are CSS variables with a fallback, so that a page can
-restyle them for dark mode and a chart still works alone.
+restyle them for dark mode and a chart still works alone. Beside its picture a chart carries its numbers as
+text (``data-chart``), which the pages' script reads out step by step under the pointer and the arrow keys.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from html import escape
+from itertools import groupby
+from typing import Literal
 
+from understudy.report import chart_shapes as draw
 from understudy.report import formatting
+from understudy.report.chart_shapes import LEGEND_ROW, NORMAL, Frame, pixels
 from understudy.report.scales import Axis, linear_x_axis, log_x_axis, y_axis
 
-WIDTH, PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 460, 52, 444, 44, 234
-LEGEND_TOP, LEGEND_ROW, CHARACTER = 284, 19, 6.6
-# Beyond this many points a series is thinned; beyond MARKED its markers appear on hover only.
+# Beyond this many points a series is thinned; beyond MARKED it goes without markers.
 MAX_POINTS, MARKED = 160, 40
-# Okabe and Ito's palette, dark enough for lines on white.
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b0509a", "#b8860b", "#3a9bd9", "#6b6b6b", "#8c3b2a")
-LABEL_STYLE = "fill:var(--muted,#555);font-size:12px"
-NAME_STYLE = "fill:var(--text,#111);font-size:12px"
-TITLE_STYLE = "fill:var(--text,#111);font-size:14px;font-weight:600"
-GRID_STYLE = "stroke:var(--grid,#ddd);stroke-width:1"
-DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "1 3", "12 3", "6 2 1 2")
+# Places that the script can step through; more would only make the page heavy.
+MAX_READINGS = 320
+# Rows that labels of marks spread over where they are close to each other.
+MARK_ROWS = 4
+# A phase's name is written, cut if need be, where it has so much room.
+LEAST_ROOM = 48
 
 
 @dataclass(frozen=True)
 class Series:
-    """A named line: points (x, y) and, if given, a standard error per point (``None``: unknown there)."""
+    """A named line: points (x, y) and, if given, a standard error per point (``None``: unknown there), or a ``band``
+    (low, high) per point for what is no error."""
 
     name: str
     points: Sequence[tuple[float, float]]
     errors: Sequence[float | None] | None = None
+    band: Sequence[tuple[float, float] | None] | None = None
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something that happened at ``x``: a line across the chart with a short ``label``, in ``words`` on request."""
+
+    x: float
+    label: str
+    words: str
+    source: Literal["doctor", "guard"] = "guard"
+
+
+@dataclass(frozen=True)
+class Region:
+    """A named stretch of the x axis."""
+
+    start: float
+    end: float
+    name: str
 
 
 @dataclass(frozen=True)
 class _Point:
     x: float
     y: float
+    low: float
+    high: float
     error: float | None
+    has_band: bool
+
+
+@dataclass(frozen=True)
+class _Plot:
+    """Where values lie."""
+
+    frame: Frame
+    x: Axis
+    y: Axis
+    percent: bool
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """Pixels, inside the plot."""
+        return self.x.place(x), min(max(self.y.place(y), self.frame.top), self.frame.bottom)
 
 
 def line_chart(
@@ -52,52 +93,69 @@ def line_chart(
     log_x: bool = False,
     percent: bool = False,
     references: Sequence[tuple[str, float]] = (),
+    marks: Sequence[Mark] = (),
+    regions: Sequence[Region] = (),
+    x_words: Mapping[float, str] = {},
+    frame: Frame = NORMAL,
 ) -> str:
     """An ``<svg>`` with one line per series.
 
-    Errors are drawn as a band of one standard error. ``references`` are named horizontal lines.
-    ``percent`` labels shares in 0..1 as percentages. Values that are not finite are left out and counted in a
+    Errors are drawn as a band of one standard error. ``references`` are named horizontal lines, ``marks`` vertical
+    ones. ``regions`` divide the x axis and take the place of its ticks; ``x_words`` names places on it when they are
+    read out. ``percent`` labels shares in 0..1 as percentages. Values that are not finite are left out and counted in a
     line under the title.
 
     >>> "<svg" in line_chart([Series("a", [(0, 1), (1, 2)])], title="t", x_label="step", y_label="nats")
     True
     """
-    cleaned = [(_finite(one), one) for one in series]
-    dropped = sum(len(one.points) - len(points) for points, one in cleaned)
-    points = [point for kept, _ in cleaned for point in kept]
+    cleaned = [_finite(one) for one in series]
+    dropped = sum(len(one.points) - len(points) for points, one in zip(cleaned, series, strict=True))
+    points = [point for kept in cleaned for point in kept]
     if not points:
-        return _empty(title, dropped)
-    x_axis = (log_x_axis if log_x else linear_x_axis)([p.x for p in points], PLOT_LEFT, PLOT_RIGHT)
-    y_scale = _vertical(points, [value for _, value in references], percent)
+        return _empty(title, dropped, frame)
+    # What was found before the first step, or after the last that was written, has its place too.
+    places = [p.x for p in points] + [mark.x for mark in marks]
+    places += [x for region in regions for x in (region.start, region.end)]
+    x_axis = (log_x_axis if log_x else linear_x_axis)(places, frame.left, frame.right)
+    x_axis = replace(x_axis, ticks=()) if regions else x_axis
+    plot = _Plot(frame, x_axis, _vertical(points, [value for _, value in references], percent, frame), percent)
     names = [one.name for one in series] + [name for name, _ in references]
-    legend, rows = _legend(names, len(series))
+    legend, rows = draw.legend(names, len(series), frame)
     parts = [
-        _axes(x_axis, y_scale, percent),
-        _labels(title, x_label, y_label, dropped),
-        *(
-            _reference(index, name, value, y_scale, percent)
-            for index, (name, value) in enumerate(references, len(series))
-        ),
-        *(_band(i, _thin(kept), x_axis, y_scale) for i, (kept, _) in enumerate(cleaned)),
-        *(_line(i, _thin(kept), x_axis, y_scale) for i, (kept, _) in enumerate(cleaned)),
-        *(_markers(i, one.name, _thin(kept), (x_axis, y_scale), percent) for i, (kept, one) in enumerate(cleaned)),
+        draw.axes(frame, x_axis, plot.y, percent),
+        _regions(regions, plot),
+        _labels(title, x_label, y_label, dropped, frame),
+        *(_reference(index, value, plot) for index, (_, value) in enumerate(references, len(series))),
+        *(_band(i, _thin(kept), plot) for i, kept in enumerate(cleaned)),
+        *(_line(i, _thin(kept), plot) for i, kept in enumerate(cleaned)),
+        *(_markers(i, _thin(kept), plot) for i, kept in enumerate(cleaned)),
+        _marks(marks, plot),
         legend,
     ]
-    height = LEGEND_TOP + rows * LEGEND_ROW
-    summary = f"{title}. {_summary(series, percent)}"
+    words = "; ".join(f"{mark.label} {mark.words}" for mark in marks)
+    summary = f"{title}. {_summary(series, percent)}{f' Marked: {words}.' if words else ''}"
+    readings = _readings(series, cleaned, marks, plot, x_words) | {
+        "title": title,
+        "label": "" if x_words else x_label,
+        "references": [f"{name}: {_value(value, None, percent)}" for name, value in references],
+    }
     return (
-        f'<svg class="chart" role="img" viewBox="0 0 {WIDTH} {height}" aria-label="{escape(summary)}">'
+        f'<svg class="chart" role="img" viewBox="0 0 {frame.width} {frame.legend_top + rows * LEGEND_ROW}" '
+        f'aria-label="{escape(summary)}" data-chart="{escape(json.dumps(readings, ensure_ascii=False))}">'
         f"{''.join(parts)}</svg>"
     )
 
 
 def _finite(series: Series) -> list[_Point]:
-    errors = series.errors if series.errors is not None else [None] * len(series.points)
-    return [
-        _Point(float(x), float(y), error)
-        for (x, y), error in zip(series.points, errors, strict=True)
-        if math.isfinite(x) and math.isfinite(y)
-    ]
+    count = len(series.points)
+    errors = series.errors if series.errors is not None else [None] * count
+    bands = series.band if series.band is not None else [None] * count
+    points = []
+    for (x, y), error, band in zip(series.points, errors, bands, strict=True):
+        if math.isfinite(x) and math.isfinite(y):
+            low, high = band or (y - (error or 0.0), y + (error or 0.0))
+            points.append(_Point(float(x), float(y), low, high, error, band is not None or error is not None))
+    return points
 
 
 def _thin(points: Sequence[_Point]) -> list[_Point]:
@@ -113,112 +171,96 @@ def _thin(points: Sequence[_Point]) -> list[_Point]:
     return [points[index] for index in sorted(kept)]
 
 
-def _vertical(points: Sequence[_Point], references: Sequence[float], percent: bool) -> Axis:
-    low = min([p.y - (p.error or 0) for p in points] + list(references))
-    high = max([p.y + (p.error or 0) for p in points] + list(references))
+def _vertical(points: Sequence[_Point], references: Sequence[float], percent: bool, frame: Frame) -> Axis:
+    low = min([min(p.low, p.y) for p in points] + list(references))
+    high = max([max(p.high, p.y) for p in points] + list(references))
     if percent:  # a share cannot leave 0..1, even where its error band would
         low, high = 0.0, min(high, 1.0) or 1.0
-    return y_axis(low, high, PLOT_BOTTOM, PLOT_TOP)
+    return y_axis(low, high, frame.bottom, frame.top)
 
 
-def _colour(index: int) -> str:
-    return f"var(--series-{index % len(PALETTE) + 1},{PALETTE[index % len(PALETTE)]})"
-
-
-def _number(value: float) -> str:
-    return f"{value:.1f}".removesuffix(".0")
-
-
-def _path(positions: Iterable[tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{_number(x)} {_number(y)}" for x, y in positions)
-
-
-def _text(x: float, y: float, text: str, css: str = LABEL_STYLE, anchor: str = "start") -> str:
-    place = f'x="{_number(x)}" y="{_number(y)}" text-anchor="{anchor}"'
-    return f'<text {place} style="{css}">{escape(text)}</text>'
-
-
-def _stroke(index: int, width: float) -> str:
-    """Colour and dash of series ``index`` as attributes."""
+def _labels(title: str, x_label: str, y_label: str, dropped: int, frame: Frame) -> str:
+    note = f" ({dropped} values not finite, not drawn)" if dropped else ""
     return (
-        f'style="fill:none;stroke:{_colour(index)};stroke-width:{width};stroke-linejoin:round" '
-        f'stroke-dasharray="{DASHES[index % len(DASHES)]}"'
+        draw.text(4, 15, title, draw.TITLE_STYLE)
+        + draw.text(4, 32, y_label + note)
+        + draw.text((frame.left + frame.right) / 2, frame.bottom + 34, x_label, anchor="middle")
     )
 
 
-def _axes(x_axis: Axis, y_scale: Axis, percent: bool) -> str:
-    parts = []
-    y_step = y_scale.ticks[1] - y_scale.ticks[0]
-    for value in y_scale.ticks:
-        y = y_scale.place(value)
-        label = f"{formatting.tick(100 * value, 100 * y_step)} %" if percent else formatting.tick(value, y_step)
-        parts.append(f'<path d="M{PLOT_LEFT} {_number(y)}H{PLOT_RIGHT}" style="{GRID_STYLE}"/>')
-        parts.append(_text(PLOT_LEFT - 6, y + 4, label, anchor="end"))
-    x_step = x_axis.ticks[1] - x_axis.ticks[0] if len(x_axis.ticks) > 1 else 1.0
-    places = [
-        (x_axis.place(v), formatting.scientific(v) if x_axis.log else formatting.tick(v, x_step)) for v in x_axis.ticks
-    ]
-    if x_axis.gutter:
-        places.insert(0, (x_axis.start, "0"))
-        parts.append(_break(x_axis.start + x_axis.gutter / 2))
-    parts += [_text(x, PLOT_BOTTOM + 17, label, anchor="middle") for x, label in places]
+def _line(index: int, points: Sequence[_Point], plot: _Plot) -> str:
+    if len(points) < 2:
+        return ""
+    return f'<path d="{draw.path(plot.at(p.x, p.y) for p in points)}" {draw.stroke(index, 2)}/>'
+
+
+def _band(index: int, points: Sequence[_Point], plot: _Plot) -> str:
+    """An area for each stretch of points whose uncertainty is known; nothing where it is none everywhere."""
+    if not any(point.high > point.low for point in points):
+        return ""
+    stretches = [list(own) for known, own in groupby(points, key=lambda point: point.has_band) if known]
+    return "".join(_area(index, stretch, plot) for stretch in stretches)
+
+
+def _area(index: int, points: Sequence[_Point], plot: _Plot) -> str:
+    upper = [plot.at(p.x, p.high) for p in points]
+    lower = [plot.at(p.x, p.low) for p in points]
+    if len(points) == 1:
+        style = f"stroke:{draw.colour(index)};stroke-width:2;opacity:.5"
+        return f'<path class="band" d="{draw.path([upper[0], lower[0]])}" style="{style}"/>'
+    outline = draw.path(upper + lower[::-1])
+    return f'<path class="band" d="{outline}Z" style="fill:{draw.colour(index)};opacity:.16"/>'
+
+
+def _markers(index: int, points: Sequence[_Point], plot: _Plot) -> str:
+    if len(points) > MARKED:
+        return ""
+    outline = "".join(draw.shape(index, *plot.at(p.x, p.y)) for p in points)
+    return f'<path d="{outline}" style="fill:{draw.colour(index)}"/>'
+
+
+def _reference(index: int, value: float, plot: _Plot) -> str:
+    y = pixels(plot.y.place(value))
+    return f'<path d="M{plot.frame.left} {y}H{plot.frame.right}" {draw.stroke(index, 1.6)}/>'
+
+
+def _marks(marks: Sequence[Mark], plot: _Plot) -> str:
+    """A line for each place, with the labels of all that happened there inside the plot: ▲ guard, ◇ doctor."""
+    at: dict[float, list[Mark]] = {}
+    for mark in sorted(marks, key=lambda mark: mark.x):
+        at.setdefault(mark.x, []).append(mark)
+    top, parts = plot.frame.top, []
+    ends = [-math.inf] * MARK_ROWS  # where the last label of each row ends
+    for x, here in at.items():
+        place = plot.x.place(x)
+        kinds = {mark.source for mark in here}
+        glyphs = ("◇" if "doctor" in kinds else "") + ("▲" if "guard" in kinds else "")
+        name = f"{glyphs}{','.join(mark.label for mark in here)}"
+        style = "stroke:var(--alarm,#b3261e);stroke-width:1;stroke-dasharray:2 2"
+        parts.append(f'<path d="M{pixels(place)} {top}V{plot.frame.bottom}" style="{style}"/>')
+        width = draw.CHARACTER * len(name) + 6
+        start = place + 3 if place + width < plot.frame.right else place - width
+        row = next((row for row, end in enumerate(ends) if end < start), ends.index(min(ends)))
+        ends[row] = start + width
+        parts.append(draw.text(start, top + 10 + 12 * row, name, "fill:var(--alarm,#b3261e);font-size:11px"))
     return "".join(parts)
 
 
-def _break(x: float) -> str:
-    """Two slanted strokes: the axis jumps here, from zero to the first value that has a logarithm."""
-    strokes = "".join(f"M{_number(x + d)} {PLOT_BOTTOM + 5}l4 -10" for d in (-4, 0))
-    return f'<path d="{strokes}" style="stroke:var(--muted,#555);stroke-width:1"/>'
-
-
-def _labels(title: str, x_label: str, y_label: str, dropped: int) -> str:
-    note = f" ({dropped} values not finite, not drawn)" if dropped else ""
-    return (
-        _text(4, 15, title, TITLE_STYLE)
-        + _text(4, 32, y_label + note)
-        + _text((PLOT_LEFT + PLOT_RIGHT) / 2, PLOT_BOTTOM + 34, x_label, anchor="middle")
-    )
-
-
-def _line(index: int, points: Sequence[_Point], x_axis: Axis, y_scale: Axis) -> str:
-    if len(points) < 2:
-        return ""
-    path = _path((x_axis.place(p.x), y_scale.place(p.y)) for p in points)
-    return f'<path d="{path}" {_stroke(index, 2)}/>'
-
-
-def _band(index: int, points: Sequence[_Point], x_axis: Axis, y_scale: Axis) -> str:
-    known = [point for point in points if point.error]
-    if not known:
-        return ""
-
-    def clipped(value: float) -> float:
-        return min(max(y_scale.place(value), PLOT_TOP), PLOT_BOTTOM)
-
-    upper = [(x_axis.place(p.x), clipped(p.y + (p.error or 0))) for p in known]
-    lower = [(x_axis.place(p.x), clipped(p.y - (p.error or 0))) for p in known]
-    if len(known) == 1:
-        style = f"stroke:{_colour(index)};stroke-width:2;opacity:.5"
-        return f'<path class="band" d="{_path([upper[0], lower[0]])}" style="{style}"/>'
-    outline = _path(upper + lower[::-1])
-    return f'<path class="band" d="{outline}Z" style="fill:{_colour(index)};opacity:.16"/>'
-
-
-def _reference(index: int, name: str, value: float, y_scale: Axis, percent: bool) -> str:
-    y = _number(y_scale.place(value))
-    tooltip = f"<title>{escape(name)}: {_value(value, None, percent)}</title>"
-    return f'<path d="M{PLOT_LEFT} {y}H{PLOT_RIGHT}" {_stroke(index, 1.6)}>{tooltip}</path>'
-
-
-def _shape(index: int, x: float, y: float) -> str:
-    """A marker outline around (x, y): circle, square, triangle, diamond, in turn."""
-    if index % 4 == 0:
-        return f"M{_number(x - 3)} {_number(y)}a3 3 0 1 0 6 0a3 3 0 1 0 -6 0"
-    if index % 4 == 1:
-        return f"M{_number(x - 2.8)} {_number(y - 2.8)}h5.6v5.6h-5.6z"
-    if index % 4 == 2:
-        return f"M{_number(x)} {_number(y - 3.6)}l3.6 6h-7.2z"
-    return f"M{_number(x)} {_number(y - 4)}l4 4l-4 4l-4 -4z"
+def _regions(regions: Sequence[Region], plot: _Plot) -> str:
+    """Every second one shaded, each with its number, and with its name where there is room."""
+    parts = []
+    top, bottom = plot.frame.top, plot.frame.bottom
+    for number, region in enumerate(regions, 1):
+        start, end = plot.x.place(region.start), plot.x.place(region.end)
+        if number % 2 == 0:
+            outline = f"M{pixels(start)} {top}H{pixels(end)}V{bottom}H{pixels(start)}Z"
+            parts.append(f'<path d="{outline}" style="fill:var(--muted,#555);opacity:.08"/>')
+        parts.append(f'<path d="M{pixels(end)} {top}V{bottom}" style="{draw.GRID_STYLE}"/>')
+        room = int((end - start - 14) / draw.CHARACTER)
+        full = f"{number} {region.name}"
+        label = full if len(full) <= room else f"{full[: room - 1]}…" if end - start > LEAST_ROOM else str(number)
+        parts.append(draw.text((start + end) / 2, bottom + 17, label, anchor="middle"))
+    return "".join(parts)
 
 
 def _value(value: float, error: float | None, percent: bool) -> str:
@@ -227,35 +269,35 @@ def _value(value: float, error: float | None, percent: bool) -> str:
     return formatting.number(value) + (f" ± {formatting.number(error)}" if error is not None else "")
 
 
-def _markers(index: int, name: str, points: Sequence[_Point], axes: tuple[Axis, Axis], percent: bool) -> str:
-    x_axis, y_scale = axes
-    quiet = ' class="quiet"' if len(points) > MARKED else ""
-    marks = "".join(
-        f'<path d="{_shape(index, x_axis.place(p.x), y_scale.place(p.y))}">'
-        f"<title>{escape(name)}, {formatting.number(p.x)}: {_value(p.y, p.error, percent)}</title></path>"
-        for p in points
-    )
-    # The wide transparent stroke is the hover target: a bare marker is too small to hit.
-    style = f"fill:{_colour(index)};stroke:transparent;stroke-width:9"
-    return f'<g{quiet} pointer-events="all" style="{style}">{marks}</g>'
-
-
-def _legend(names: Sequence[str], series_count: int) -> tuple[str, int]:
-    """The legend and its number of rows; entries wrap by estimated text width. A single series needs none."""
-    if len(names) == 1 and series_count == 1:
-        return "", 0
-    parts, x, row = [], 4.0, 0
-    for index, name in enumerate(names):
-        width = 38 + CHARACTER * len(name) + 12
-        if x > 4 and x + width > WIDTH:
-            x, row = 4.0, row + 1
-        y = LEGEND_TOP + row * LEGEND_ROW + 4
-        parts.append(f'<path d="M{_number(x)} {y}h28" {_stroke(index, 2)}/>')
-        if index < series_count:
-            parts.append(f'<path d="{_shape(index, x + 14, y)}" style="fill:{_colour(index)}"/>')
-        parts.append(_text(x + 34, y + 4, name, NAME_STYLE))
-        x += width
-    return "".join(parts), row + 1
+def _readings(
+    series: Sequence[Series],
+    cleaned: Sequence[Sequence[_Point]],
+    marks: Sequence[Mark],
+    plot: _Plot,
+    x_words: Mapping[float, str],
+) -> dict[str, object]:
+    """What the script says at each place: the x values, where they lie, and every series' value there."""
+    xs = sorted({point.x for points in cleaned for point in _thin(points)} | {mark.x for mark in marks})
+    if len(xs) > MAX_READINGS:
+        xs = [xs[i * (len(xs) - 1) // (MAX_READINGS - 1)] for i in range(MAX_READINGS)]
+    at = [{point.x: point for point in points} for points in cleaned]
+    rows = [
+        {
+            "name": one.name,
+            "values": [_value(own[x].y, own[x].error, plot.percent) if x in own else None for x in xs],
+            "y": [round(plot.at(x, own[x].y)[1]) if x in own else None for x in xs],
+        }
+        for one, own in zip(series, at, strict=True)
+        if own
+    ]
+    return {
+        "x": [x_words.get(x) or formatting.number(x) for x in xs],
+        "at": [round(plot.x.place(x), 1) for x in xs],
+        "rows": rows,
+        "marks": [[xs.index(mark.x), f"{mark.label} {mark.words}"] for mark in marks if mark.x in xs],
+        "top": plot.frame.top,
+        "bottom": plot.frame.bottom,
+    }
 
 
 def _summary(series: Sequence[Series], percent: bool) -> str:
@@ -269,10 +311,10 @@ def _summary(series: Sequence[Series], percent: bool) -> str:
     return "; ".join(sentences) + "."
 
 
-def _empty(title: str, dropped: int) -> str:
+def _empty(title: str, dropped: int, frame: Frame) -> str:
     reason = f"all {dropped} values are not finite" if dropped else "no values"
     label = escape(f"{title}: {reason}")
     return (
-        f'<svg class="chart" role="img" viewBox="0 0 {WIDTH} 60" aria-label="{label}">'
-        f"{_text(4, 15, title, TITLE_STYLE)}{_text(4, 38, reason)}</svg>"
+        f'<svg class="chart" role="img" viewBox="0 0 {frame.width} 60" aria-label="{label}">'
+        f"{draw.text(4, 15, title, draw.TITLE_STYLE)}{draw.text(4, 38, reason)}</svg>"
     )

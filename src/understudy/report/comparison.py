@@ -11,12 +11,12 @@ from markupsafe import Markup
 
 from understudy.report import page
 from understudy.report.charts import Series, line_chart
+from understudy.report.curves import FLOPS, carried_costs
 from understudy.report.page import RolloutGroup, Row
 from understudy.report.run_data import merge_by_step
 from understudy.report.tokens import token_legend
 
-_MODES = (("greedy", "greedy"), ("t1", "sampled at T = 1"))
-_STEPS, _FLOPS = "step", "cost/flops"
+_STEPS = "step"
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def write_comparison(
 
     ``commands`` are (label, shell text). Charts appear for every task that any arm evaluated.
     """
-    rows = {arm.name: with_cost(merge_by_step(arm.metrics)) for arm in arms}
+    rows = {arm.name: carried_costs(merge_by_step(arm.metrics)) for arm in arms}
     if len(rows) < len(arms):
         raise ValueError(f"arms: got names {[arm.name for arm in arms]}; expected every name once")
     scale = page.choose_scale([rollout for pair in before_after for rollout in (pair.before, pair.after)])
@@ -80,30 +80,21 @@ def write_comparison(
     return page.write_page("comparison.html", Path(out), context)
 
 
-def with_cost(rows: Sequence[Row]) -> list[Row]:
-    """Rows with ``cost/flops`` carried forward: evaluations need not repeat it; before training it is 0."""
-    filled, flops = [], 0.0
-    for row in rows:
-        value = page.finite_number(row.get(_FLOPS))
-        flops = flops if value is None else value
-        filled.append({**row, _FLOPS: flops})
-    return filled
-
-
 def comparison_charts(arms: Sequence[Arm], rows: Mapping[str, Sequence[Row]]) -> list[Markup]:
-    """Accuracy by steps and by compute for each task and mode, then reverse KL by steps."""
+    """Accuracy by steps and by compute for each task and decoding, then reverse KL by steps."""
     charts = []
-    has_cost = any(row[_FLOPS] > 0 for arm in arms if not arm.reference for row in rows[arm.name])
-    for task in page.evaluation_tasks(row for arm in arms for row in rows[arm.name]):
-        for mode, words in _MODES:
-            title = f"{task}, {words}"
-            charts.append(_accuracy_chart(arms, rows, f"eval/{task}/{mode}", (title, _STEPS)))
-            if has_cost:
-                charts.append(_accuracy_chart(arms, rows, f"eval/{task}/{mode}", (title, _FLOPS)))
+    has_cost = any(row[FLOPS] > 0 for arm in arms if not arm.reference for row in rows[arm.name])
+    for metric in page.evaluation_metrics(row for arm in arms for row in rows[arm.name]):
+        for x_key in (_STEPS, FLOPS) if has_cost else (_STEPS,):
+            charts.append(_accuracy_chart(arms, rows, metric, (_decoded(metric), x_key)))
     for key, words in (("reverse_kl/full", "full vocabulary"), ("reverse_kl/mean", "sampled tokens")):
         lines = [page.series(rows[arm.name], key, arm.name) for arm in arms if not arm.reference]
         charts.append(_chart(lines, f"Reverse KL, {words}", "nats per token"))
     return [chart for chart in charts if chart]
+
+
+def _decoded(metric: str) -> str:
+    return page.metric_words(metric).replace(", T = ", ", sampled at T = ")
 
 
 def _accuracy_chart(
@@ -132,7 +123,7 @@ def _chart(
     # Arms without points stay in the list: an arm has the same colour in every chart.
     if not any(line.points for line in lines):
         return Markup("")
-    by_cost = x_key == _FLOPS
+    by_cost = x_key == FLOPS
     svg = line_chart(
         lines,
         title=title,

@@ -14,7 +14,7 @@ from understudy.report import formatting, page
 from understudy.report.charts import Series, line_chart
 from understudy.report.credit_data import json_script, pack, reverse_kl
 from understudy.report.page import Row
-from understudy.report.run_report import worst_tokens
+from understudy.report.worst_tokens import worst_tokens
 
 # Forking tokens listed; each is a row of context.
 FORKS_SHOWN = 30
@@ -60,7 +60,7 @@ def write_credit_page(units: Sequence[CreditUnit], out: Path, *, title: str, fac
         "rollouts": json_script("rollouts", _rollouts(units)),
         "data": json_script("credit-data", pack(rollouts, notes=notes)),
     }
-    return page.write_page("credit.html", Path(out), context, scripts=("tokens", "credit"))
+    return page.write_page("credit.html", Path(out), context, scripts=("tokens", "charts", "credit"))
 
 
 def pair_units(

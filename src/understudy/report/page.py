@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,11 +50,12 @@ class Headline:
 
 @dataclass(frozen=True)
 class RolloutCard:
-    """One completion with its coloured tokens and a line of facts."""
+    """One completion with its coloured tokens and a line of facts. ``anchor``: where links to it lead."""
 
     heading: str
     facts: tuple[str, ...]
     tokens: Markup
+    anchor: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ class RolloutGroup:
     cards: tuple[RolloutCard, ...]
 
 
-def write_page(template: str, out: Path, context: Mapping[str, Any], *, scripts: Sequence[str] = ("tokens",)) -> Path:
+def write_page(
+    template: str, out: Path, context: Mapping[str, Any], *, scripts: Sequence[str] = ("tokens", "charts")
+) -> Path:
     """Render ``template`` to one self-contained file; every value that is not markup is escaped.
 
     ``scripts`` run in this order at the end of the page, and by its policy no other does.
@@ -106,8 +110,8 @@ def grid(rows: Sequence[Mapping[str, str]]) -> Grid | None:
 
 
 def finite_number(value: object) -> float | None:
-    """``value`` as a float if it is a finite number, else ``None``."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """``value`` as a float if it is a finite number that a float holds, else ``None``."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         return None
     return float(value)
 
@@ -135,14 +139,37 @@ def series(rows: Sequence[Row], key: str, name: str, *, error_key: str = "", x_k
     return Series(name, points(kept, key, x_key), errors)
 
 
-def evaluation_tasks(rows: Iterable[Row]) -> list[str]:
-    """Tasks with an ``eval/<task>/greedy`` or ``eval/<task>/t1`` value, in order of appearance.
+# Means as an evaluation names them, without their standard errors and the shares beside them.
+_EVALUATION = re.compile(r"eval/(.+)/(greedy|t[\d.]+(?:e[+-]?\d+)?)")
 
-    >>> evaluation_tasks([{"step": 0, "eval/ledger/t1": 0.5}])
-    ['ledger']
+
+def evaluations(rows: Iterable[Row]) -> dict[str, list[str]]:
+    """Tasks with their decodings, both in order of appearance.
+
+    >>> evaluations([{"step": 0, "eval/ledger/t1": 0.5, "eval/ledger/t1_se": 0.1}])
+    {'ledger': ['t1']}
     """
-    found = (re.fullmatch(r"eval/(.+)/(greedy|t1)", key) for row in rows for key in row)
-    return list(dict.fromkeys(match.group(1) for match in found if match))
+    found: dict[str, dict[str, None]] = {}
+    for match in (_EVALUATION.fullmatch(key) for row in rows for key in row):
+        if match:
+            found.setdefault(match[1], {})[match[2]] = None
+    return {task: list(names) for task, names in found.items()}
+
+
+def evaluation_metrics(rows: Iterable[Row]) -> list[str]:
+    """``eval/<task>/<decoding>`` of all tasks, a task's decodings side by side."""
+    return [f"eval/{task}/{name}" for task, names in evaluations(rows).items() for name in names]
+
+
+def decoding_words(decoding: str) -> str:
+    """``greedy``; ``t0.6`` -> ``T = 0.6``."""
+    return re.sub(r"^t(?=[0-9])", "T = ", decoding)
+
+
+def metric_words(metric: str) -> str:
+    """``eval/facts/t1`` -> ``facts, T = 1``."""
+    task, _, decoding = metric.removeprefix("eval/").rpartition("/")
+    return f"{task}, {decoding_words(decoding)}" if task else metric
 
 
 def choose_scale(rollouts: Iterable[Row]) -> float:
@@ -156,10 +183,12 @@ def choose_scale(rollouts: Iterable[Row]) -> float:
     return next((scale for scale in SCALES if scale >= high), SCALES[-1])
 
 
-def rollout_card(rollout: Row, heading: str, *, scale: float, notes: Mapping[int, str] | None = None) -> RolloutCard:
+def rollout_card(
+    rollout: Row, heading: str, *, scale: float, notes: Mapping[int, str] | None = None, anchor: str = ""
+) -> RolloutCard:
     """One stored rollout as a card."""
     tokens = token_spans(rollout, scale=scale, notes=notes or {}, max_tokens=MAX_TOKENS_SHOWN)
-    return RolloutCard(heading, _facts(rollout), tokens)
+    return RolloutCard(heading, _facts(rollout), tokens, anchor)
 
 
 def prompt_heading(rollout: Row) -> str:

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
-import re
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from markupsafe import Markup
-
-from understudy.config_pipeline import TRAINING
 from understudy.report import formatting, page
-from understudy.report.charts import Series, line_chart
+from understudy.report.cost_panel import bars_svg, cost_bars, cost_rows
+from understudy.report.curves import Curve
 from understudy.report.page import Headline, Row
 from understudy.report.run_data import read_costs
-from understudy.report.run_report import cost_rows
+from understudy.report.timeline import Point, Timeline, timeline_curves, timeline_of
 
 log = logging.getLogger("understudy")
 
 _OUTCOMES = {"kept": "", "rolled_back": "rolled back", "stopped": "stopped the pipeline"}
-# Means as an evaluation names them, without their standard errors and the shares beside them.
-_METRIC = re.compile(r"eval/[^/]+/(greedy|t[\d.]+(e[+-]?\d+)?)")
+# A fall or a rise beyond so many standard errors of both ends is called one.
+_CLEAR = 2.0
 
 
 @dataclass(frozen=True)
@@ -43,21 +41,39 @@ def write_pipeline_report(folder: Path, out: Path | None = None) -> Path:
     Links are relative: the page works wherever the folder is moved to.
     """
     folder = Path(folder)
-    state = json.loads((folder / "pipeline.json").read_text(encoding="utf-8"))
+    state = read_state(folder)
     phases = state["phases"]
-    metrics = _metrics(phases)
-    courses = {metric: _course(state["plan"]["start"], phases, metric) for metric in metrics}
+    metrics = metrics_of(phases)
+    timeline = timeline_of(folder, state, metrics)
     roles = summed_costs([_roles(folder / phase["folder"] / "costs.json") for phase in phases])
+    curves = timeline_curves(timeline)
     context = {
         "title": folder.resolve().name,
         "intro": _intro(state),
-        "headlines": _headlines(phases, courses),
-        "columns": ("Cycle", "Method", "Steps", "Time", "Compute", *(_words(metric) for metric in metrics), "Outcome"),
+        "headlines": _headlines(phases, timeline),
+        "columns": (
+            *("Cycle", "Method", "Steps", "Time", "Compute"),
+            *(page.metric_words(metric) for metric in metrics),
+            "Outcome",
+        ),
         "phases": [_phase_row(folder, phase, metrics) for phase in phases],
-        "charts": [_chart(phases, metric, course) for metric, course in courses.items() if course],
+        "wide_charts": [curve.svg() for curve in curves if curve.wide],
+        "charts": [curve.svg() for curve in curves if not curve.wide],
         "costs": page.grid(cost_rows(roles)),
+        "cost_charts": [bars_svg(bars) for bars in cost_bars({"all phases": roles})],
     }
     return page.write_page("pipeline_report.html", Path(out) if out is not None else folder / "report.html", context)
+
+
+def pipeline_curves(folder: Path) -> list[Curve]:
+    """Every curve of the page."""
+    state = read_state(folder)
+    return timeline_curves(timeline_of(folder, state, metrics_of(state["phases"])))
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The content of pipeline.json."""
+    return json.loads((folder / "pipeline.json").read_text(encoding="utf-8"))
 
 
 def _roles(path: Path) -> Mapping[str, Row]:
@@ -80,16 +96,10 @@ def summed_costs(costs: Sequence[Mapping[str, Row]]) -> dict[str, dict[str, floa
     return total
 
 
-def _metrics(phases: Sequence[Row]) -> list[str]:
+def metrics_of(phases: Sequence[Row]) -> list[str]:
     """The evaluations' means, and what gates watch beside them, in order of appearance."""
-    names = [name for phase in phases for name in (*phase["start"], *phase["final"]) if _METRIC.fullmatch(name)]
+    names = page.evaluation_metrics(row for phase in phases for row in (phase["start"], phase["final"]))
     return list(dict.fromkeys(names + [one["gate"]["metric"] for phase in phases for one in phase["gates"]]))
-
-
-def _words(metric: str) -> str:
-    """``eval/facts/t1`` -> ``facts, T = 1``."""
-    task, _, decoding = metric.removeprefix("eval/").partition("/")
-    return f"{task}, {re.sub(r'^t(?=[0-9])', 'T = ', decoding)}"
 
 
 def _intro(state: Mapping[str, Any]) -> str:
@@ -99,28 +109,16 @@ def _intro(state: Mapping[str, Any]) -> str:
     return f"From {plan['start']}: {names}{cycles}. Finished: {len(phases)} runs."
 
 
-def _course(start: str, phases: Sequence[Row], metric: str) -> list[tuple[int, Row]]:
-    """(phases done, evaluations) wherever ``metric`` was measured on the newest student that was kept, the first one
-    included. Evaluations of any other model are no part of it."""
-    newest = start
-    course: list[tuple[int, Row]] = []
-    for number, phase in enumerate(phases, 1):
-        trains = phase["method"] in TRAINING
-        if not course and trains and metric in phase["start"]:
-            course.append((number - 1, phase["start"]))
-        if trains and phase["outcome"] != "rolled_back":
-            newest = phase["output"]
-        if metric in phase["final"] and newest == (phase["output"] if trains else phase["began_with"]):
-            course.append((number, phase["final"]))
-    return course
-
-
-def _headlines(phases: Sequence[Row], courses: Mapping[str, Sequence[tuple[int, Row]]]) -> list[Headline]:
-    """Every evaluation from the start to the newest student that was kept, and the total price."""
+def _headlines(phases: Sequence[Row], timeline: Timeline) -> list[Headline]:
+    """Every evaluation from the start to the newest student that was kept, what was forgotten between, the total
+    price."""
     items = [
-        Headline(_words(metric), f"{_value(course[0][1], metric)} → {_value(course[-1][1], metric)}")
-        for metric, course in courses.items()
-        if course
+        Headline(
+            page.metric_words(metric),
+            f"{_value(course[0].row, metric)} → {_value(course[-1].row, metric)}",
+            _deepest_fall(course, metric),
+        )
+        for metric, course in timeline.courses.items()
     ]
     seconds, flops = (sum(phase[name] for phase in phases) for name in ("seconds", "flops"))
     return [
@@ -128,6 +126,35 @@ def _headlines(phases: Sequence[Row], courses: Mapping[str, Sequence[tuple[int, 
         Headline("Compute without evaluation", formatting.flops(flops)),
         Headline("Time without evaluation", formatting.duration(seconds)),
     ]
+
+
+def _deepest_fall(course: Sequence[Point], metric: str) -> str:
+    """The largest clear fall from an evaluation to a later one, and how far what came then made up for it."""
+    falls = [
+        (high.row[metric] - low.row[metric], index, high, low)
+        for index, low in enumerate(course)
+        for high in course[:index]
+        if _is_below(low.row, high.row, metric)
+    ]
+    if not falls:
+        return ""
+    _, index, high, low = max(falls, key=lambda fall: fall[0])
+    words = f"forgotten: {_number(high.row, metric)} → {_number(low.row, metric)} {low.words}"
+    after = [point.row for point in course[index + 1 :] if _is_below(low.row, point.row, metric)]
+    if not after:
+        return words
+    best = max(after, key=lambda row: row[metric])
+    return f"{words}; {'partly ' if _is_below(best, high.row, metric) else ''}recovered: {_number(best, metric)}"
+
+
+def _is_below(low: Row, high: Row, metric: str) -> bool:
+    """Clearly: by more than a few standard errors of the difference."""
+    errors = [page.finite_number(row.get(f"{metric}_se")) or 0.0 for row in (low, high)]
+    return high[metric] - low[metric] > max(_CLEAR * math.hypot(*errors), 1e-9)
+
+
+def _number(row: Row, metric: str) -> str:
+    return formatting.percent(page.finite_number(row.get(metric)))
 
 
 def _value(row: Row, metric: str) -> str:
@@ -154,21 +181,4 @@ def _gate(outcome: Mapping[str, Any]) -> str:
     gate, number = outcome["gate"], formatting.number
     found = f"{number(outcome['value'])}, from {number(outcome['reference'])} ({gate['against']})"
     said = "passed" if outcome["passed"] else "failed"
-    return f"{_words(gate['metric'])}: {found}, at most {number(gate['max_drop'])} less: {said}"
-
-
-def _chart(phases: Sequence[Row], metric: str, course: Sequence[tuple[int, Row]]) -> Markup:
-    """The metric after each phase that was kept, from the start; what was rolled back stands beside the line."""
-    rolled_back = [(number, phase) for number, phase in enumerate(phases, 1) if phase["outcome"] == "rolled_back"]
-    left = [(number, phase["final"]) for number, phase in rolled_back if metric in phase["final"]]
-    lines = [_series(name, rows, metric) for name, rows in (("kept", course), ("rolled back", left)) if rows]
-    values = [row[metric] for _, row in (*course, *left)]
-    percent = all(0 <= value <= 1 for value in values)
-    unit = "share of answers that are right" if percent and _METRIC.fullmatch(metric) else ""
-    svg = line_chart(lines, title=_words(metric), x_label="phases done", y_label=unit, percent=percent)
-    return Markup(svg)
-
-
-def _series(name: str, rows: Sequence[tuple[int, Row]], metric: str) -> Series:
-    errors = [page.finite_number(row.get(f"{metric}_se")) for _, row in rows]
-    return Series(name, [(float(x), float(row[metric])) for x, row in rows], errors)
+    return f"{page.metric_words(gate['metric'])}: {found}, at most {number(gate['max_drop'])} less: {said}"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ _SECRET = re.compile(
     r"(api_?key|secret|password|(auth|access|api|hf|bearer)_?token$|^token$|authorization)", re.IGNORECASE
 )
 
+
+# Files of rollouts that are looked at for the middle of a run, and that alarms may name.
+MIDDLES, NAMED = 5, 6
 
 _Text = InstanceOf[str]  # pydantic's own str has no room for half of a surrogate pair, which pages can show
 
@@ -50,6 +54,13 @@ class _Rollout(_Form):
 
 class _Place(_Form):
     file: _Text | None = None
+    index: int | None = None
+
+
+class _Start(_Form):
+    """A row of what was seen when the run was begun or gone on with."""
+
+    step: int
 
 
 class _Alarm(_Form):
@@ -57,18 +68,30 @@ class _Alarm(_Form):
     rollouts: list[_Place] | None = None
 
 
+_OPTIONAL: Mapping[str, type[BaseModel]] = {"guards": _Alarm, "doctor": _Start, "environment": _Start}
+
+
 @dataclass(frozen=True)
 class RunData:
-    """One run as stored. ``metrics``: one row per step, sorted. ``rollouts``: first and last stored step. ``alarms``:
-    what the guards found; a healthy run has none."""
+    """One run as stored. ``metrics``: one row per step, sorted. ``rollouts``: of the steps that ``over_time`` names,
+    first, middle and last, and of those that alarms lead to. ``alarms``: what the guards found; a healthy run has none.
+    ``doctor``: what was found at each start; ``environments``: where each start ran."""
 
-    name: str
+    path: Path
     metrics: tuple[Row, ...]
     config: Mapping[str, Any]
     costs: Mapping[str, Row]
     rollouts: Mapping[int, tuple[Row, ...]]
+    over_time: tuple[int, ...]
     missing: tuple[str, ...]
     alarms: tuple[Row, ...] = ()
+    doctor: tuple[Row, ...] = ()
+    environments: tuple[Row, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The folder's."""
+        return self.path.resolve().name
 
 
 def load_run(run_dir: Path) -> RunData:
@@ -80,11 +103,27 @@ def load_run(run_dir: Path) -> RunData:
     missing += [problem] if problem else []
     config = _read_config(run_dir / "config.toml", missing)
     costs = read_costs(run_dir / "costs.json", missing)
-    rollouts = _read_rollouts(run_dir / "rollouts", missing)
-    alarms, problem = read_jsonl(run_dir / "guards.jsonl", _Alarm) if (run_dir / "guards.jsonl").is_file() else ([], "")
+    optional = {name: _read_optional(run_dir / f"{name}.jsonl", form, missing) for name, form in _OPTIONAL.items()}
+    rollouts, over_time = _read_rollouts(run_dir / "rollouts", optional["guards"], missing)
+    return RunData(
+        path=run_dir,
+        metrics=merge_by_step(rows),
+        config=config,
+        costs=costs,
+        rollouts=rollouts,
+        over_time=over_time,
+        missing=tuple(missing),
+        alarms=optional["guards"],
+        doctor=optional["doctor"],
+        environments=optional["environment"],
+    )
+
+
+def _read_optional(path: Path, form: type[BaseModel], missing: list[str]) -> tuple[Row, ...]:
+    """Rows of a file that not every run has."""
+    rows, problem = read_jsonl(path, form) if path.is_file() else ([], "")
     missing += [problem] if "unreadable" in problem else []
-    name, metrics = run_dir.resolve().name, merge_by_step(rows)
-    return RunData(name, metrics, config, costs, rollouts, tuple(missing), tuple(alarms))
+    return tuple(rows)
 
 
 def read_jsonl(path: Path, form: type[BaseModel] | None = None) -> tuple[list[Row], str]:
@@ -116,11 +155,12 @@ def read_jsonl(path: Path, form: type[BaseModel] | None = None) -> tuple[list[Ro
 
 
 def merge_by_step(rows: Iterable[Row]) -> tuple[Row, ...]:
-    """One row per step, ascending. A resumed run writes a step again: the later value wins."""
+    """One row per step, ascending, those without a finite one left out. A resumed run writes a step again: the later
+    value wins."""
     merged: dict[float, dict[str, Any]] = {}
     for row in rows:
         step = row.get("step")
-        if isinstance(step, int | float) and not isinstance(step, bool):
+        if isinstance(step, int | float) and not isinstance(step, bool) and abs(step) <= sys.float_info.max:
             merged.setdefault(step, {}).update(row)
     return tuple(merged[step] for step in sorted(merged))
 
@@ -173,15 +213,58 @@ def read_costs(path: Path, missing: list[str]) -> Mapping[str, Row]:
         return {}
 
 
-def _read_rollouts(folder: Path, missing: list[str]) -> Mapping[int, tuple[Row, ...]]:
-    files = {int(m.group(1)): path for path in folder.glob("*.jsonl") if (m := _ROLLOUT_FILE.search(path.name))}
+def rollouts_step(file: object) -> int | None:
+    """The step of a rollouts file; None for any other name."""
+    match = _ROLLOUT_FILE.search(str(file))
+    return int(match[1]) if match else None
+
+
+def _read_rollouts(
+    folder: Path, alarms: Sequence[Row], missing: list[str]
+) -> tuple[dict[int, tuple[Row, ...]], tuple[int, ...]]:
+    """Rollouts by step, and the steps that stand for the run's course."""
+    files = {step: path for path in folder.glob("*.jsonl") if (step := rollouts_step(path.name)) is not None}
     if not files:
         missing.append("rollouts/: no stored rollouts (normal for a phase in which the student does not write)")
-        return {}
+        return {}, ()
     stored: dict[int, tuple[Row, ...]] = {}
-    for step in sorted({min(files), max(files)}):
-        rows, problem = read_jsonl(files[step], _Rollout)
-        missing += [f"rollouts/{problem}"] if problem else []
-        if rows:
-            stored[step] = tuple(rows)
-    return stored
+
+    def read(step: int) -> None:
+        rows, problem = ([], "") if step in stored else read_jsonl(files[step], _Rollout)
+        missing.extend([f"rollouts/{problem}"] if problem else [])
+        stored.update({step: tuple(rows)} if rows else {})
+
+    first, last = min(files), max(files)
+    for step in (first, last):
+        read(step)
+    centre = (first + last) / 2
+    between = sorted((step for step in files if first < step < last), key=lambda step: abs(step - centre))[:MIDDLES]
+    for step in between:
+        read(step)
+    # Of steps near the middle the one that answers most of the first one's prompts, else the nearest.
+    prompts = {prompt_key(row) for row in stored.get(first, ())}
+    middle = max(
+        (step for step in between if step in stored),
+        key=lambda step: (len(prompts & {prompt_key(row) for row in stored[step]}), -abs(step - centre)),
+        default=None,
+    )
+    over_time = tuple(step for step in (first, middle, last) if step is not None and step in stored)
+    wanted = list(dict.fromkeys(step for alarm in alarms for step in _steps_of(alarm, files)))[:NAMED]
+    for step in wanted:
+        read(step)
+    kept = {step: stored[step] for step in sorted({*over_time, *wanted}) if step in stored}
+    return kept, tuple(dict.fromkeys(over_time))
+
+
+def _steps_of(alarm: Row, files: Collection[int]) -> list[int]:
+    """The stored steps whose rollouts an alarm names; without one, the nearest to what its update learnt from."""
+    places = [place for place in alarm.get("rollouts") or () if isinstance(place, Mapping)]
+    named = {step for place in places if (step := rollouts_step(place.get("file"))) is not None}
+    at = alarm.get("step")
+    written = at - 1 if isinstance(at, int) else 0
+    return sorted(named & set(files)) or [min(files, key=lambda stored: abs(stored - written))]
+
+
+def prompt_key(rollout: Row) -> tuple[Any, Any]:
+    """What tells prompts apart."""
+    return rollout.get("task"), rollout.get("prompt_index")

@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from understudy.report import formatting, page
-from understudy.report.charts import Series, line_chart
-from understudy.report.credit_data import reverse_kl, token_texts
+from understudy.report.cost_panel import bars_svg, cost_bars, cost_rows, reach_rows
+from understudy.report.curves import Curve, cost_curves, part_curves, run_curves
+from understudy.report.findings import Place, anchor, doctor_summary, link_events, reached, run_events
 from understudy.report.page import Headline, RolloutGroup, Row
-from understudy.report.run_data import RunData, flatten, load_run
-from understudy.report.token_text import align, token_name, visible_text
-from understudy.report.tokens import piece_text, token_legend
+from understudy.report.run_data import RunData, flatten, load_run, prompt_key
+from understudy.report.tokens import token_legend
+from understudy.report.worst_tokens import worst_tokens
 
-# Rollouts on the page, and tokens in the table of the worst.
-ROLLOUTS_SHOWN, WORST_SHOWN = 12, 15
-# Tokens of context around a token in the table of the worst.
-CONTEXT_BEFORE, CONTEXT_AFTER = 10, 4
-
-# Title, unit, (key, name in the legend) ...: the curves of every run, in reading order.
-CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
-    (
-        "Reverse KL",
-        "nats per token",
-        (("reverse_kl/mean", "sampled tokens"), ("reverse_kl/full", "full vocabulary")),
-    ),
-    ("Reward", "mean reward", (("reward/mean", "reward"),)),
-    ("Loss", "", (("optim/loss", "loss"),)),
-    ("Gradient norm", "norm before clipping", (("optim/grad_norm", "gradient norm"),)),
-    ("Completion length", "tokens", (("completion_length/mean", "mean length"),)),
-    ("Cut at the length cap", "share of rollouts", (("truncated/share", "truncated"),)),
-    ("Largest importance ratio", "ratio", (("ratio/max", "maximum"),)),
-    ("Student entropy", "nats per token", (("entropy/student", "entropy"),)),
-    ("Learning rate", "", (("optim/learning_rate", "learning rate"),)),
-)
-PERCENT_KEYS = frozenset({"truncated/share"})
+# Rollouts of one step on the page, where there is one step alone, and prompts where there are several.
+ROLLOUTS_SHOWN, PROMPTS_SHOWN = 12, 6
 # What a reader looks for first in a configuration: dotted key and the words for it.
 CONFIG_SUMMARY = (
     ("student.model", "student"),
@@ -50,6 +32,8 @@ CONFIG_SUMMARY = (
     ("optim.learning_rate", "learning rate"),
     ("seed", "seed"),
 )
+
+Placed = tuple[Place, Row]
 
 
 def write_run_report(run_dir: Path, out: Path | None = None) -> Path:
@@ -63,26 +47,43 @@ def write_run_report(run_dir: Path, out: Path | None = None) -> Path:
     return page.write_page("run_report.html", target, _context(run))
 
 
+def figures_of(run: RunData) -> list[Curve]:
+    """Every curve of a run's page but those under "every other metric"."""
+    return [*run_curves(run.metrics)[0], *part_curves(run.metrics), *cost_curves({run.name: run.metrics})]
+
+
 def _context(run: RunData) -> dict[str, Any]:
-    charts, used = _charts(run.metrics)
-    shown = _shown_rollouts(run.rollouts)
-    scale = page.choose_scale([rollout for group in shown for rollout in group])
-    last = max(run.rollouts, default=0)
+    curves, used = run_curves(run.metrics)
+    over_time = rollouts_over_time(run)
+    events = run_events(run)
+    marks = [event.mark for event in events]
+    shown = {place for group in over_time for place, _ in group}
+    named = [place for place in reached(events, run) if place not in shown]
+    scale = page.choose_scale([rollout for group in over_time for _, rollout in group])
+    last = max(run.over_time, default=0)
     config = flatten(run.config)
     return {
         "title": run.name,
         "ran": _what_ran(config),
         "missing": run.missing,
         "headlines": headlines(run.metrics),
-        "config": config,
-        "alarms": page.grid(alarm_rows(run.alarms)),
-        "charts": charts,
+        "doctor": doctor_summary(run),
+        "events": link_events(events, {*shown, *named}),
+        "charts": [curve.svg(marks) for curve in curves],
+        "part_charts": [curve.svg(marks) for curve in part_curves(run.metrics)],
         "costs": page.grid(cost_rows(run.costs)),
-        "groups": [_group(group, scale) for group in shown],
-        "rollouts_intro": _rollouts_intro(run.rollouts),
+        "cost_charts": [bars_svg(bars) for bars in cost_bars({run.name: run.costs})],
+        "reach": page.grid(reach_rows({"Cost, time and step": run.metrics})),
+        "reach_charts": [curve.svg() for curve in cost_curves({run.name: run.metrics})],
+        "groups": [_group(group, scale) for group in over_time],
+        "rollouts_intro": _rollouts_intro(run, over_time),
+        "named_groups": [_group([(place, run.rollouts[place[0]][place[1]])], scale) for place in named],
         "legend": token_legend(scale),
         "worst": worst_tokens(run.rollouts.get(last, ())),
         "worst_step": last,
+        "score_command": f"understudy score {shlex.quote(str(run.path))}" if run.rollouts else "",
+        "config": config,
+        "environments": page.grid(environment_rows(run.environments)),
         "other_charts": _other_charts(run.metrics, used),
         "summary": page.grid(_summary_rows(run.metrics)),
     }
@@ -96,10 +97,12 @@ def _what_ran(config: Sequence[tuple[str, str]]) -> str:
 def headlines(rows: Sequence[Row]) -> list[Headline]:
     """First and last evaluation with standard errors, reverse KL from first to last, and the total cost."""
     items = []
-    for task in page.evaluation_tasks(rows):
-        for mode, words in (("greedy", "greedy"), ("t1", "sampled at T = 1")):
-            key = f"eval/{task}/{mode}"
-            items += _first_last(rows, key, f"{task} accuracy, {words}", error_key=f"{key}_se", percent=True)
+    for task, decodings in page.evaluations(rows).items():
+        for key, words in ((f"eval/{task}/{name}", page.decoding_words(name)) for name in decodings):
+            values = [value for row in rows if (value := page.finite_number(row.get(key))) is not None]
+            shares = all(0 <= value <= 1 for value in values)
+            label = f"{task} accuracy, {words}" if shares else f"{task}, {words}"
+            items += _first_last(rows, key, label, error_key=f"{key}_se", percent=shares)
     keys = [key for key in ("reverse_kl/full", "reverse_kl/mean") if any(key in row for row in rows)]
     items += _first_last(rows, keys[0], "Reverse KL, nats per token") if keys else []
     items += _first_last(rows, "reward/mean", "Mean reward")
@@ -131,161 +134,82 @@ def _first_last(
     return [Headline(label, f"{words(first, start)} → {words(last, end)}", steps)]
 
 
-def _charts(rows: Sequence[Row]) -> tuple[list[Markup], set[str]]:
-    """The standard curves, and the metric keys they show."""
-    charts, used = [], {"step"}
-    for task in page.evaluation_tasks(rows):
-        keys = {mode: f"eval/{task}/{mode}" for mode in ("greedy", "t1")}
-        lines = [
-            page.series(rows, keys[mode], name, error_key=f"{keys[mode]}_se")
-            for mode, name in (("greedy", "greedy"), ("t1", "sampled, T = 1"))
-        ]
-        charts.append(_chart(lines, f"Accuracy: {task}", "share of answers that are right", percent=True))
-        used |= {f"{key}{suffix}" for key in keys.values() for suffix in ("", "_se")}
-    for title, unit, entries in CURVES:
-        lines = [page.series(rows, key, name) for key, name in entries]
-        charts.append(_chart(lines, title, unit, percent=entries[0][0] in PERCENT_KEYS))
-        used |= {key for key, _ in entries}
-    phases = sorted({key for row in rows for key in row if key.startswith("time/") and key != "time/evaluation"})
-    lines = [page.series(rows, key, key.removeprefix("time/").replace("_", " ")) for key in phases]
-    charts.append(_chart(lines, "Time per phase", "seconds per step"))
-    return [chart for chart in charts if chart], used | set(phases)
+def _other_charts(rows: Sequence[Row], used: Collection[str]) -> list[Markup]:
+    keys = sorted({key for row in rows for key in row} - set(used))
+    lines = [page.series(rows, key, key) for key in keys if not key.endswith("_se")]
+    return [Curve(line.name, "", (line,)).svg() for line in lines if line.points]
 
 
-def _chart(lines: Sequence[Series], title: str, unit: str, *, percent: bool = False) -> Markup:
-    """A chart over steps, or nothing if no line has points."""
-    filled = [line for line in lines if line.points]
-    if not filled:
-        return Markup("")
-    return Markup(line_chart(filled, title=title, x_label="optimizer steps", y_label=unit, percent=percent))
+def rollouts_over_time(run: RunData) -> list[list[Placed]]:
+    """Groups of rollouts to show side by side: one prompt's answers at the first, a middle and the last stored step,
+    as far as there are any; prompts with the most come first. Of a middle step that has none of these prompts, two
+    prompts of its own."""
+    if len(run.over_time) == 1:
+        [step] = run.over_time
+        return [[placed] for placed in _placed(run, step)[:ROLLOUTS_SHOWN]]
+    by_prompt: dict[Any, list[Placed]] = {}
+    for step in run.over_time:
+        seen = set()
+        for place, rollout in _placed(run, step):
+            if (key := prompt_key(rollout)) not in seen:
+                seen.add(key)
+                by_prompt.setdefault(key, []).append((place, rollout))
+    groups = sorted(by_prompt.values(), key=lambda group: -len(group))
+    together = [group for group in groups if len(group) > 1][:PROMPTS_SHOWN]
+    reached = {place[0] for group in together for place, _ in group}
+    for step in run.over_time:
+        if step not in reached:
+            alone = [group for group in groups if group[0][0][0] == step]
+            together += alone[: 2 if together else PROMPTS_SHOWN]
+    return together
 
 
-def _other_charts(rows: Sequence[Row], used: set[str]) -> list[Markup]:
-    keys = sorted({key for row in rows for key in row} - used)
-    charts = (_chart([page.series(rows, key, key)], key, "") for key in keys)
-    return [chart for chart in charts if chart]
+def _placed(run: RunData, step: int) -> list[Placed]:
+    return [((step, index), rollout) for index, rollout in enumerate(run.rollouts.get(step, ()))]
 
 
-def alarm_rows(alarms: Sequence[Row]) -> list[dict[str, str]]:
-    """The guards' alarms in the order of their steps, each with the rollouts that it shows in most."""
-    return [
-        {
-            "Step": formatting.number(alarm.get("step")),
-            "Guard": f"{alarm.get('guard', '?')} ({alarm.get('action', '?')})",
-            "What": str(alarm.get("words", "")),
-            "Likely causes": str(alarm.get("causes", "")),
-            "Most in": "; ".join(_place(place) for place in alarm.get("rollouts") or ()),
-        }
-        for alarm in sorted(alarms, key=lambda alarm: alarm.get("step", 0))
-    ]
-
-
-def _place(place: Mapping[str, Any]) -> str:
-    stored = f", {place['file']} number {place.get('index')}" if place.get("file") else ""
-    return f"prompt {place.get('prompt_index')}{stored}"
-
-
-def cost_rows(costs: Mapping[str, Row]) -> list[dict[str, str]]:
-    """One row per role and a total without evaluation, in human units."""
-    if not costs:
-        return []
-    totals = {
-        name: sum(page.finite_number(cost.get(name)) or 0.0 for role, cost in costs.items() if role != "evaluation")
-        for name in ("tokens", "flops", "seconds")
-    }
-    rows = [*costs.items(), ("total without evaluation", totals)]
-    return [
-        {
-            "Role": role.replace("_", " "),
-            "Tokens": formatting.number(page.finite_number(cost.get("tokens"))),
-            "Compute": formatting.flops(page.finite_number(cost.get("flops"))),
-            "Time": formatting.duration(page.finite_number(cost.get("seconds"))),
-        }
-        for role, cost in rows
-    ]
-
-
-def _shown_rollouts(stored: Mapping[int, Sequence[Row]]) -> list[list[Row]]:
-    """Groups of rollouts to show side by side: the same prompt first and last where both exist."""
-    if not stored:
-        return []
-    first, last = min(stored), max(stored)
-    if first == last:
-        return [[rollout] for rollout in stored[first][:ROLLOUTS_SHOWN]]
-    early, late = _one_per_prompt(stored[first]), _one_per_prompt(stored[last])
-    pairs = [[early[index], late[index]] for index in early if index in late][: ROLLOUTS_SHOWN // 2]
-    if pairs:
-        return pairs
-    half = ROLLOUTS_SHOWN // 2
-    return [[rollout] for rollout in [*list(early.values())[:half], *list(late.values())[:half]]]
-
-
-def _one_per_prompt(rollouts: Sequence[Row]) -> dict[Any, Row]:
-    chosen: dict[Any, Row] = {}
-    for rollout in rollouts:
-        chosen.setdefault((rollout.get("task"), rollout.get("prompt_index")), rollout)
-    return chosen
-
-
-def _rollouts_intro(stored: Mapping[int, Sequence[Row]]) -> str:
-    if not stored:
+def _rollouts_intro(run: RunData, groups: Sequence[Sequence[Placed]]) -> str:
+    if not run.over_time:
         return ""
-    first, last = min(stored), max(stored)
+    first, last = run.over_time[0], run.over_time[-1]
     if first == last:
         return f"From step {first}, the only one with stored rollouts."
-    return f"From the first (step {first}) and last (step {last}) stored step, the same prompts where possible."
+    middle = "".join(f", a middle (step {step})" for step in run.over_time[1:-1])
+    words = f"The same prompts where possible, answered at the first (step {first}){middle} and the last (step {last}) "
+    words += "stored step."
+    alone = [step for step in run.over_time if not any(len(g) > 1 and any(p[0] == step for p, _ in g) for g in groups)]
+    if alone:
+        words += f" Those of step {' and '.join(map(str, alone))} are of other prompts, and stand alone."
+    return words
 
 
-def _group(rollouts: Sequence[Row], scale: float) -> RolloutGroup:
-    cards = tuple(page.rollout_card(rollout, f"Step {rollout.get('step', '?')}", scale=scale) for rollout in rollouts)
-    return RolloutGroup(page.prompt_heading(rollouts[0]), str(rollouts[0].get("prompt_text") or ""), cards)
-
-
-def worst_tokens(rollouts: Sequence[Row], count: int = WORST_SHOWN) -> list[dict[str, str]]:
-    """The tokens with the largest reverse KL, each with its context and the teacher's first choice."""
-    ranked = sorted(
-        (
-            (value, number, index)
-            for number, rollout in enumerate(rollouts)
-            for index, value in enumerate(reverse_kl(rollout))
-            if value is not None and value > 0
-        ),
-        key=lambda item: (-item[0], item[1:]),
+def _group(rollouts: Sequence[Placed], scale: float) -> RolloutGroup:
+    cards = tuple(
+        page.rollout_card(rollout, f"Step {rollout.get('step', '?')}", scale=scale, anchor=anchor(place))
+        for place, rollout in rollouts
     )
-    return [
-        {"place": f"r{number}t{index}"} | _worst_row(rollouts[number], index, value)
-        for value, number, index in ranked[:count]
+    first = rollouts[0][1]
+    return RolloutGroup(page.prompt_heading(first), str(first.get("prompt_text") or ""), cards)
+
+
+def environment_rows(environments: Sequence[Row]) -> list[dict[str, str]]:
+    """Where each start of a run ran; a column for each."""
+    starts = [
+        (f"From step {formatting.number(page.finite_number(row.get('step')) or 0)}", environment_items(row))
+        for row in environments
     ]
+    keys = dict.fromkeys(key for _, items in starts for key in items)
+    return [{"What": key} | {name: items.get(key, "–") for name, items in starts} for key in keys]
 
 
-def _worst_row(rollout: Row, index: int, value: float) -> dict[str, str]:
-    tokens = token_texts(rollout)
-    aligned = align(tokens, str(rollout.get("completion_text") or ""))
-    gaps, bytes_of = aligned.gaps, aligned.pieces
-    shown = [piece_text(bytes_of[i]) if i in bytes_of else visible_text(token) for i, token in enumerate(tokens)]
-    # Line breaks would tear the table's row apart; their sign is enough here.
-    pieces = [gap + own.rstrip("\n") for gap, own in zip(gaps, shown, strict=True)]
-    start = max(0, index - CONTEXT_BEFORE)
-    topk = rollout.get("teacher_topk")
-    choice = "–"
-    names = (topk.get("tokens") or topk["ids"])[index] if topk else None
-    if topk and names and topk["logprobs"][index][0] is not None:
-        choice = f"{token_name(str(names[0]))} ({_probability(float(topk['logprobs'][index][0]))})"
-    return {
-        "before": ("… " if start else "") + "".join(pieces[start:index]) + gaps[index],
-        "token": shown[index].rstrip("\n"),
-        "after": "".join(pieces[index + 1 : index + 1 + CONTEXT_AFTER]),
-        "reverse_kl": f"{value:.2f}",
-        "student": _probability(float(rollout["sampler_logprobs"][index])),
-        "teacher": _probability(float(rollout["teacher_logprobs"][index])),
-        "choice": choice,
-        "prompt": str(rollout.get("prompt_index", "?")),
-    }
-
-
-def _probability(logprob: float) -> str:
-    share = math.exp(logprob)
-    return f"{100 * share:.1f} %" if share >= 1e-3 or share == 0 else f"{formatting.number(100 * share)} %"
+def environment_items(row: Row) -> dict[str, str]:
+    """One start's environment in words, versions of packages last."""
+    packages = row.get("packages")
+    versions = packages if isinstance(packages, Mapping) else {}
+    devices = row.get("devices")
+    plain = {key: row[key] for key in row if key not in {"step", "packages", "devices"}}
+    listed = {"devices": ", ".join(map(str, devices)) or "CPU"} if isinstance(devices, list) else {}
+    return {str(key).replace("_", " "): str(value) for key, value in (plain | listed | dict(versions)).items()}
 
 
 def _summary_rows(rows: Sequence[Row]) -> list[dict[str, str]]:
