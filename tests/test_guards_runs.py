@@ -20,7 +20,6 @@ from understudy.backends.loading import load_student
 from understudy.backends.local import LocalTeacher, LocalTrainer
 from understudy.config import StudentConfig
 from understudy.errors import GuardStop, NonFiniteError
-from understudy.report.run_report import alarm_rows
 from understudy.rollout_store import read_rollouts
 from user import interrupt_in, metrics, run_cli, save_model, tree, without_times, word_tokenizer, write_rows, write_toml
 
@@ -136,9 +135,9 @@ def test_warn_says_so_once_per_episode_and_changes_nothing(
     assert same(weights(tmp_path / "warn", 6), weights(tmp_path / "off", 6))
     assert [*map(without_times, rows)] == [*map(without_times, metrics(tmp_path / "off"))]
     page = (tmp_path / "warn" / "report.html").read_text(encoding="utf-8")
-    assert "<h2>Alarms</h2>" in page
+    assert "▲ 1" in page
     assert "entropy (warn)" in page
-    assert "<h2>Alarms</h2>" not in (tmp_path / "off" / "report.html").read_text(encoding="utf-8")
+    assert "▲ 1" not in (tmp_path / "off" / "report.html").read_text(encoding="utf-8")
 
 
 def test_stop_keeps_the_last_good_update_and_ends_with_exit_code_1(
@@ -408,21 +407,3 @@ def test_temperatures_that_cannot_be_known(models: Path, tmp_path: Path) -> None
     understudy.distill(own, quiet=True)
     for name in ("other", "own"):
         assert "teacher/temperature_ratio" not in metrics(tmp_path / name)[0]
-
-
-def test_the_reports_table_of_alarms() -> None:
-    places = [
-        {"file": "rollouts/step_000003.jsonl", "index": 2, "prompt_index": 7},
-        {"file": None, "index": 12, "prompt_index": 9},
-    ]
-    alarm = {"step": 4, "guard": "length", "action": "warn", "words": "w", "causes": "c", "rollouts": places}
-    assert alarm_rows([alarm | {"step": 9, "rollouts": []}, alarm]) == [
-        {
-            "Step": "4",
-            "Guard": "length (warn)",
-            "What": "w",
-            "Likely causes": "c",
-            "Most in": "prompt 7, rollouts/step_000003.jsonl number 2; prompt 9",
-        },
-        {"Step": "9", "Guard": "length (warn)", "What": "w", "Likely causes": "c", "Most in": ""},
-    ]

@@ -57,7 +57,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def rows_of_steps(path: Path) -> list[dict[str, Any]]:
-    """Objects with a step, in order; a half-written last line is left out. Raises ConfigError for a line that is none."""
+    """Objects with a step, in order; a half-written last line is left out. Raises ConfigError for another line."""
     rows = []
     *lines, _ = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
