@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from understudy.checkpoints import STATE_FILE, SUMS_FILE, damage, list_checkpoin
 from understudy.config import RunConfig
 from understudy.errors import ConfigError
 from understudy.metrics import read_metrics
-from understudy.model_card import Exported, base_on_hub, card, curves, is_hub_id
+from understudy.model_card import Exported, Row, base_on_hub, card, curves, is_hub_id
 from understudy.tokenization import adapter_base
 
 # What only a resumed run needs, and peft's own card, which the run's replaces.
@@ -59,12 +59,6 @@ def export(
     _tidy(partial, base)
     ends = _generation_config(checkpoint, partial, config)
     alarms = [alarm for alarm in _alarms(run) if alarm["step"] <= at]
-    costs = _costs(run, checkpoint)
-    write_json(partial / "costs.json", costs)
-    images = curves(rows)
-    for name, svg in images.items():
-        (partial / "curves").mkdir(exist_ok=True)
-        (partial / "curves" / f"{name}.svg").write_text(svg, encoding="utf-8")
     what = Exported(
         name=out.name,
         method=_method(run),
@@ -77,13 +71,25 @@ def export(
         separate={path.name: metrics for path, metrics in separate.items()},
         alarms=alarms,
     )
-    (partial / "README.md").write_text(card(what, config, rows, costs["roles"], list(images)), encoding="utf-8")
+    _write_card(partial, what, config, rows, _costs(run, checkpoint))
     _refuse_local_paths(partial, run)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists():
         out.rmdir()
     partial.rename(out)
     return out
+
+
+def _write_card(
+    out: Path, what: Exported, config: RunConfig, rows: Sequence[Row], costs: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """README.md, and what it shows and refers to."""
+    write_json(out / "costs.json", costs)
+    images = curves(rows)
+    for name, svg in images.items():
+        (out / "curves").mkdir(exist_ok=True)
+        (out / "curves" / f"{name}.svg").write_text(svg, encoding="utf-8")
+    (out / "README.md").write_text(card(what, config, rows, costs["roles"], list(images)), encoding="utf-8")
 
 
 def _config_of(run: Path) -> RunConfig:
