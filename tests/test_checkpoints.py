@@ -23,6 +23,7 @@ from understudy.checkpoints import (
     write_atomic,
     write_json,
     write_jsonl,
+    write_sums,
 )
 from understudy.errors import ConfigError, RunError
 
@@ -104,6 +105,8 @@ def test_sums_are_what_sha256sum_checks(saved: Path) -> None:
         f"{s}  {n}\n" for s, n in zip(sums, names, strict=True)
     )
     subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=newest(saved), check=True)
+    assert damage(newest(saved)) is None
+    write_sums(newest(saved))  # again: the list is none of its own files
     assert damage(newest(saved)) is None
 
 

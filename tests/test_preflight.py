@@ -306,6 +306,7 @@ def test_adapters_without_peft_are_refused_before_any_model_is_read(
         (tmp_path / "adapter").mkdir()
         adapter = {"base_model_name_or_path": config[role]["model"]}
         (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
+        (tmp_path / "adapter" / "adapter_model.safetensors").touch()
         config[role]["model"] = str(tmp_path / "adapter")
     check_run(RunConfig.model_validate(config), "distill")
     find = importlib.util.find_spec

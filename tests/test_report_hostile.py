@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from hostile import PAGES, TEXTS, run_page
+from hostile import PAGES, TEXTS, credit_page, run_page
 from understudy.report.tokens import visible_text
 
 ELEMENTS = {
@@ -49,6 +50,7 @@ ELEMENTS = {
         "th",
     ),
     *("td", "a", "b", "i", "code", "pre", "button", "details", "summary", "strong", "svg", "g", "path", "text"),
+    *("select", "option", "label", "input", "output", "noscript"),
 }
 ATTRIBUTES = {
     *(
@@ -66,9 +68,10 @@ ATTRIBUTES = {
         "scope",
     ),
     *("aria-label", "aria-hidden", "href", "type", "viewbox", "x", "y", "d", "text-anchor", "stroke-dasharray"),
-    *("pointer-events", "data-i", "data-s", "data-t", "data-m", "data-k", "data-n"),
+    *("pointer-events", "data-credit", "data-key", "dir", "for", "min", "step", "placeholder", "value"),
 }
-VOID = {"meta"}
+VOID = {"meta", "input"}
+SCRIPTS = {"credit": 2}  # every other page has one
 
 
 class Page(HTMLParser):
@@ -85,6 +88,8 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.add(tag)
+        if ("type", "application/json") in attrs:
+            tag = "data"  # a block that no browser runs
         for name, value in attrs:
             self.attributes.add(name)
             self.values.setdefault(name, []).append(value or "")
@@ -97,6 +102,8 @@ class Page(HTMLParser):
         self.open.pop()
 
     def handle_endtag(self, tag: str) -> None:
+        if tag == "script" and self.open and self.open[-1] == "data":
+            tag = "data"
         if not self.open or self.open.pop() != tag:
             self.unbalanced.append(tag)
 
@@ -106,8 +113,13 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(params=PAGES)
-def html(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return PAGES[request.param](tmp_path).read_text(encoding="utf-8")
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def html(name: str, tmp_path: Path) -> str:
+    return PAGES[name](tmp_path).read_text(encoding="utf-8")
 
 
 def parse(html: str) -> Page:
@@ -117,26 +129,28 @@ def parse(html: str) -> Page:
     return page
 
 
-def test_nothing_became_markup(html: str) -> None:
+def test_nothing_became_markup(html: str, name: str) -> None:
     page = parse(html)
     assert page.elements <= ELEMENTS, page.elements - ELEMENTS
     assert page.attributes <= ATTRIBUTES, page.attributes - ATTRIBUTES
     assert page.unbalanced == []
     assert page.open == []
-    assert [len(page.texts[name]) for name in ("script", "style", "head", "body", "main")] == [1] * 5
-    assert all(
-        href == "02-phase/report.html" or href.startswith("javascript%3A") for href in page.values.get("href", [])
-    )
+    assert len(page.texts["script"]) == SCRIPTS.get(name, 1)
+    assert len(page.texts.get("data", [])) == (2 if name == "credit" else 0)
+    assert [len(page.texts[name]) for name in ("style", "head", "body", "main")] == [1] * 4
+    allowed = r"02-phase/report\.html|javascript%3A.*|#r\dt\d+"
+    assert all(re.fullmatch(allowed, href) for href in page.values.get("href", []))
 
 
-def test_the_policy_allows_one_script_by_its_hash(html: str) -> None:
+def test_the_policy_allows_the_pages_own_scripts_by_their_hashes(html: str) -> None:
     """Handlers in attributes and any other script would not run even if they got in."""
     page = parse(html)
-    [script] = page.texts["script"]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    scripts = page.texts["script"]
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     [policy] = [value for value in page.values["content"] if "default-src" in value]
-    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    assert "owned" not in script
+    hashes = " ".join(f"'sha256-{digest}'" for digest in digests)
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src {hashes}"
+    assert not any("owned" in script for script in scripts)
 
 
 def test_texts_are_all_there(tmp_path: Path) -> None:
@@ -144,8 +158,19 @@ def test_texts_are_all_there(tmp_path: Path) -> None:
     for text in TEXTS:
         assert visible_text(text) in page.texts["b"], text
     assert TEXTS[0] in page.texts["code"]
-    alternatives = json.loads(page.values["data-k"][0])
-    assert [row[0] for row in alternatives][: len(TEXTS)] == [visible_text(text).rstrip("\n") for text in TEXTS]
+    for packed in page.values["data-credit"]:
+        assert set(TEXTS) <= set(json.loads(packed)["texts"])
+    told = {text.strip() for text in page.texts["td"]}
+    assert {text.strip() for text in TEXTS if text.strip().isprintable()} <= told  # what a guard said
+
+
+def test_the_page_of_token_credit_has_them_too(tmp_path: Path) -> None:
+    page = parse(credit_page(tmp_path).read_text(encoding="utf-8"))
+    rollouts, packed = (json.loads(block) for block in page.texts["data"])
+    assert set(TEXTS) <= set(packed["texts"])
+    assert rollouts["prompts"] == ["\n".join(TEXTS)]
+    assert {row["finish"] for row in rollouts["rollouts"]} == {TEXTS[4]}
+    assert packed["notes"][1] == {str(i): text for i, text in enumerate(TEXTS)}
 
 
 def test_nothing_invisible_is_left_in_tokens(tmp_path: Path) -> None:

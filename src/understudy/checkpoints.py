@@ -125,8 +125,8 @@ def set_aside(checkpoint: Path) -> None:
 def write_sums(folder: Path) -> None:
     """``SHA256SUMS`` of all files in ``folder``, as ``sha256sum --check`` reads it. The state's comes last: where it is
     missing, the list has lost its end."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    names.sort(key=lambda name: name == STATE_FILE)
+    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = sorted({*files} - {SUMS_FILE}, key=lambda name: (name == STATE_FILE, name))
     write_atomic(folder / SUMS_FILE, "".join(f"{sum_}  {name}\n" for name, sum_ in _sums(folder, names).items()))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from understudy.checkpoints import STATE_FILE, SUMS_FILE, damage, list_checkpoints, write_json
 from understudy.config import RunConfig
 from understudy.errors import ConfigError
-from understudy.metrics import read_metrics
+from understudy.metrics import MetricsLog, read_metrics
 from understudy.model_card import Exported, Row, base_on_hub, card, curves, is_hub_id
 from understudy.tokenization import adapter_base
 
@@ -58,7 +58,7 @@ def export(
     base = base_model or base_on_hub(run)
     _tidy(partial, base)
     ends = _generation_config(checkpoint, partial, config)
-    alarms = [alarm for alarm in _alarms(run) if alarm["step"] <= at]
+    alarms = [alarm for alarm in MetricsLog(run / "guards.jsonl").rows() if alarm["step"] <= at]
     what = Exported(
         name=out.name,
         method=_method(run),
@@ -250,11 +250,6 @@ def _costs(run: Path, checkpoint: Path) -> dict[str, Any]:
         # Mapped: the optimizer's numbers, twice the weights, are not read.
         return torch.load(state, map_location="cpu", weights_only=True, mmap=True)["costs"]
     return json.loads((run / "costs.json").read_text(encoding="utf-8"))
-
-
-def _alarms(run: Path) -> list[dict[str, Any]]:
-    path = run / "guards.jsonl"
-    return read_metrics(path) if path.exists() else []
 
 
 def _method(run: Path) -> str:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from understudy.checkpoints import write_json
 from understudy.config_base import Section
 from understudy.config_pipeline import GateConfig, PhaseMethod, PipelineConfig, runs_of
-from understudy.errors import ConfigError
+from understudy.errors import ConfigError, first_line
 from understudy.locking import LOCK_FILE, lock_folder
 from understudy.runs import RESUMABLE, flat
 
@@ -125,8 +125,10 @@ def load_state(path: Path) -> PipelineState:
     file = path / STATE_FILE
     try:
         return PipelineState.model_validate_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValidationError) as error:
-        got = str(error) if isinstance(error, OSError) else f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
+    except (OSError, ValueError) as error:
+        got = first_line(error)
+        if isinstance(error, ValidationError):
+            got = f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
         raise ConfigError(
             f"pipeline {file}",
             got=got,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from understudy.backends.protocols import Teacher, Trainer
 from understudy.checkpoints import checkpoint_path
 from understudy.errors import GuardStop, NonFiniteError, ServerUnavailable, UnderstudyError
-from understudy.guard_actions import GuardedTrainer, GuardWatch
+from understudy.guard_actions import GuardedTrainer, GuardWatch, WeightsOf
 from understudy.live.follow import title_of
 from understudy.progress import StepProgress
 from understudy.rollout_store import rollout_record
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 
 class Recorder:
-    """The loops' only door to disk and screen. ``evaluate`` returns eval/... metrics of the current weights."""
+    """The loops' only door to disk and screen. ``evaluate`` returns eval/... metrics of the current weights;
+    ``weights_of`` is for the guards."""
 
     def __init__(
         self,
@@ -40,12 +41,13 @@ class Recorder:
         stop: StopRequest,
         trackers: Trackers,
         may_be_away: frozenset[str] = frozenset(),
+        weights_of: WeightsOf | None = None,
         quiet: bool = False,
     ) -> None:
         self._folder, self._config, self._trainer, self._teachers = folder, config, trainer, teachers
         self._student, self._evaluate, self._stop = student, evaluate, stop
         self._trackers, self._may_be_away = trackers, may_be_away
-        self._watch = GuardWatch(folder, config, self._tell)
+        self._watch = GuardWatch(folder, config, self._tell, weights_of)
         self.first_step = folder.first_step
         self.last_step = folder.first_step
         self.last_row: dict[str, Any] = folder.last_row()
@@ -92,10 +94,11 @@ class Recorder:
         """``trainer``, whose updates the guards look at first."""
         return GuardedTrainer(trainer, self._watch)
 
-    def inspect(self, row: Mapping[str, Any], scored: Sequence[ScoredRollout]) -> None:
+    def inspect(
+        self, row: Mapping[str, Any], scored: Sequence[ScoredRollout], examples: Sequence[TrainingExample]
+    ) -> None:
         """Let the guards see what was written and marked. Raises GuardStop, before anything is learnt from it."""
-        self._watch.inspect(row, scored)
-        self._watch.look_at(self._trainer)
+        self._watch.inspect(row, scored, examples, self._trainer)
 
     def record(self, step: int, row: Mapping[str, Any]) -> None:
         """Log an update as soon as it is made. From here on the run can go on after it, whatever fails next.
@@ -103,7 +106,7 @@ class Recorder:
         Raises GuardStop, with the row in place.
         """
         self._stop.hold()  # as it has been since the update, where one was made
-        row = self._watch.finite({**row, **self._watch.direction(self._trainer, row)})
+        row = self._watch.finite(self._watch.completed(row, self._trainer))
         self.last_row, self.last_step = self._folder.record(step, row), step
         self._watch.record(row)
         self._stop.release()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from understudy.checkpoints import (
+    STATE_FILE,
     newest_state,
     remove_partial,
     save_checkpoint,
@@ -108,7 +109,8 @@ class RunFolder:
         self.first_step, self.checkpoint, self.state, damaged = newest_state(self.checkpoints_path)
         for path, what in damaged.items():
             log.warning("checkpoint %s is damaged (%s): going on after step %d instead", path, what, self.first_step)
-        self.costs = CostLedger.from_json(self.state["costs"]) if self.state else CostLedger()
+        where = f"checkpoint {self.checkpoint}: costs in {STATE_FILE}"
+        self.costs = CostLedger.from_json(self.state.get("costs"), where) if self.state else CostLedger()
         self._recorded_costs = copy.deepcopy(self.costs.to_json())
         self.config, planned = self._continued(config) if resume else (config, 0)
         # Whether the last step's checkpoint is there, of a run that was to end there.
@@ -123,7 +125,8 @@ class RunFolder:
         rollouts = self.path / "rollouts"
         for path in rollouts.glob("step_*.jsonl") if rollouts.is_dir() else []:
             # Those of the checkpoint's own step are written in the step after it, but for a finished run's last ones.
-            if int(path.stem.removeprefix("step_")) >= self.first_step + self.trained:
+            step = path.stem.removeprefix("step_")
+            if step.isdecimal() and int(step) >= self.first_step + self.trained:
                 path.unlink()
 
     def holds_rollouts(self, step: int) -> bool:
@@ -269,7 +272,7 @@ class RunFolder:
 
     def last_alarm(self) -> dict[str, Any] | None:
         """The newest of the guards' alarms, if there is one."""
-        alarms = read_metrics(self.alarms.path) if self.alarms.path.exists() else []
+        alarms = self.alarms.rows()
         return alarms[-1] if alarms else None
 
     def last_row(self) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class StopRequest:
         self._longest_save = 0.0
         self._held = False
         self._overdue = False
+        self._waiting = False
         self._timer: threading.Timer | None = None
 
     @contextlib.contextmanager
@@ -47,7 +48,7 @@ class StopRequest:
         try:
             yield self
         finally:
-            self._held = True  # from here on nothing is abandoned
+            self.end()
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer.join()
@@ -61,8 +62,13 @@ class StopRequest:
     def release(self) -> None:
         """The state is whole again. Raises the ``StopNow`` that waited."""
         self._held = False
-        if self._overdue:
+        if self._waiting:
+            self._waiting = False  # once: what is saved afterwards has nothing to wait for
             raise StopNow
+
+    def end(self) -> None:
+        """The run ends in any case: from here on there is nothing to abandon, and no ``StopNow``."""
+        self._within, self._overdue, self._waiting = 0.0, True, False
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
@@ -89,6 +95,7 @@ class StopRequest:
         if not self._overdue:
             self._overdue = True
             self._say("stopping now: what the unfinished step did is left out, the last update is saved")
+            self._waiting = self._held
             if not self._held:
                 raise StopNow
 

@@ -21,7 +21,7 @@ def sections(case: Case) -> Iterator[Found]:
 
 def machine(case: Case) -> Iterator[Found]:
     """Devices and packages that are asked for."""
-    check_machine(case.config, case.method)
+    check_machine(case.config, case.method, brought=case.given.roles)
     yield Found("pass", "the devices and packages that are asked for are there")
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from understudy.doctor.findings import Check, Found, shown
-from understudy.tokenization import ModelText, adapter_base, check_same_tokens
+from understudy.model_files import adapter_base
+from understudy.tokenization import ModelText, check_same_tokens
 
 if TYPE_CHECKING:
     from understudy.doctor.case import Case
@@ -166,11 +167,11 @@ def ends(case: Case) -> Iterator[Found]:
 
 def end_sources(text: ModelText) -> _Ends:
     """The end tokens by who names them: tokenizer, config, generation_config."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     folder = Path(text.name)
     base = None if (folder / "config.json").exists() else adapter_base(folder)
-    config = AutoConfig.from_pretrained(base or text.name).get_text_config()
+    config = text.config.get_text_config()
     try:
         generation = GenerationConfig.from_pretrained(base or text.name).eos_token_id
     except OSError:  # no generation_config.json

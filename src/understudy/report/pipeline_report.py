@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,10 @@ from understudy.config_pipeline import TRAINING
 from understudy.report import formatting, page
 from understudy.report.charts import Series, line_chart
 from understudy.report.page import Headline, Row
+from understudy.report.run_data import read_costs
 from understudy.report.run_report import cost_rows
+
+log = logging.getLogger("understudy")
 
 _OUTCOMES = {"kept": "", "rolled_back": "rolled back", "stopped": "stopped the pipeline"}
 # Means as an evaluation names them, without their standard errors and the shares beside them.
@@ -58,7 +62,11 @@ def write_pipeline_report(folder: Path, out: Path | None = None) -> Path:
 
 def _roles(path: Path) -> Mapping[str, Row]:
     """Costs by role; an evaluation has none."""
-    return json.loads(path.read_text(encoding="utf-8"))["roles"] if path.exists() else {}
+    missing: list[str] = []
+    roles = read_costs(path, missing) if path.exists() else {}
+    for problem in missing:
+        log.warning("%s: left out of the pipeline's costs: %s", path.parent, problem)
+    return roles
 
 
 def summed_costs(costs: Sequence[Mapping[str, Row]]) -> dict[str, dict[str, float]]:

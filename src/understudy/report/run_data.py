@@ -10,12 +10,51 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, InstanceOf
+
 Row = Mapping[str, Any]
 
 _ROLLOUT_FILE = re.compile(r"step_(\d+)\.jsonl$")
 _SECRET = re.compile(
     r"(api_?key|secret|password|(auth|access|api|hf|bearer)_?token$|^token$|authorization)", re.IGNORECASE
 )
+
+
+_Text = InstanceOf[str]  # pydantic's own str has no room for half of a surrogate pair, which pages can show
+
+
+class _Form(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Topk(_Form):
+    ids: list[list[int]]
+    tokens: list[list[_Text]]
+    logprobs: list[list[float]]
+
+
+class _Rollout(_Form):
+    """What pages compute with; a stored rollout whose values are of another kind is left out."""
+
+    step: int | None = None
+    prompt_index: int | None = None
+    task: _Text | None = None
+    reward: float | None = None
+    completion_ids: list[int] | None = None
+    completion_tokens: list[_Text] | None = None
+    sampler_logprobs: list[float | None] | None = None
+    teacher_logprobs: list[float | None] | None = None
+    loss_mask: list[bool] | None = None
+    teacher_topk: _Topk | None = None
+
+
+class _Place(_Form):
+    file: _Text | None = None
+
+
+class _Alarm(_Form):
+    step: int
+    rollouts: list[_Place] | None = None
 
 
 @dataclass(frozen=True)
@@ -40,16 +79,17 @@ def load_run(run_dir: Path) -> RunData:
     rows, problem = read_jsonl(run_dir / "metrics.jsonl")
     missing += [problem] if problem else []
     config = _read_config(run_dir / "config.toml", missing)
-    costs = _read_costs(run_dir / "costs.json", missing)
+    costs = read_costs(run_dir / "costs.json", missing)
     rollouts = _read_rollouts(run_dir / "rollouts", missing)
-    alarms, problem = read_jsonl(run_dir / "guards.jsonl") if (run_dir / "guards.jsonl").is_file() else ([], "")
+    alarms, problem = read_jsonl(run_dir / "guards.jsonl", _Alarm) if (run_dir / "guards.jsonl").is_file() else ([], "")
     missing += [problem] if "unreadable" in problem else []
     name, metrics = run_dir.resolve().name, merge_by_step(rows)
     return RunData(name, metrics, config, costs, rollouts, tuple(missing), tuple(alarms))
 
 
-def read_jsonl(path: Path) -> tuple[list[Row], str]:
-    """The rows of a JSON Lines file and, in words, what is wrong with it (empty: nothing).
+def read_jsonl(path: Path, form: type[BaseModel] | None = None) -> tuple[list[Row], str]:
+    """The rows of a JSON Lines file, those of another ``form`` left out, and, in words, what is wrong with it (empty:
+    nothing).
 
     A run that was killed leaves half a line at the end; the other lines still count.
     """
@@ -61,6 +101,8 @@ def read_jsonl(path: Path) -> tuple[list[Row], str]:
             continue
         try:
             row = json.loads(line)
+            if form is not None:  # raises a ValueError
+                form.model_validate(row)
         except (ValueError, RecursionError):
             broken += 1
             continue
@@ -118,7 +160,8 @@ def _read_config(path: Path, missing: list[str]) -> Mapping[str, Any]:
         return {}
 
 
-def _read_costs(path: Path, missing: list[str]) -> Mapping[str, Row]:
+def read_costs(path: Path, missing: list[str]) -> Mapping[str, Row]:
+    """Costs by role; what is wrong with the file is added to ``missing``."""
     if not path.is_file():
         missing.append("costs.json: no such file")
         return {}
@@ -137,7 +180,7 @@ def _read_rollouts(folder: Path, missing: list[str]) -> Mapping[int, tuple[Row, 
         return {}
     stored: dict[int, tuple[Row, ...]] = {}
     for step in sorted({min(files), max(files)}):
-        rows, problem = read_jsonl(files[step])
+        rows, problem = read_jsonl(files[step], _Rollout)
         missing += [f"rollouts/{problem}"] if problem else []
         if rows:
             stored[step] = tuple(rows)
