@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from understudy.checkpoints import STATE_FILE, SUMS_FILE, damage, list_checkpoints, write_json
 from understudy.config import RunConfig
 from understudy.errors import ConfigError
-from understudy.metrics import read_metrics
-from understudy.model_card import Exported, base_on_hub, card, curves, is_hub_id
+from understudy.metrics import MetricsLog, read_metrics
+from understudy.model_card import Exported, Row, base_on_hub, card, curves, is_hub_id
 from understudy.tokenization import adapter_base
 
 # What only a resumed run needs, and peft's own card, which the run's replaces.
@@ -58,13 +58,7 @@ def export(
     base = base_model or base_on_hub(run)
     _tidy(partial, base)
     ends = _generation_config(checkpoint, partial, config)
-    alarms = [alarm for alarm in _alarms(run) if alarm["step"] <= at]
-    costs = _costs(run, checkpoint)
-    write_json(partial / "costs.json", costs)
-    images = curves(rows)
-    for name, svg in images.items():
-        (partial / "curves").mkdir(exist_ok=True)
-        (partial / "curves" / f"{name}.svg").write_text(svg, encoding="utf-8")
+    alarms = [alarm for alarm in MetricsLog(run / "guards.jsonl").rows() if alarm["step"] <= at]
     what = Exported(
         name=out.name,
         method=_method(run),
@@ -77,13 +71,25 @@ def export(
         separate={path.name: metrics for path, metrics in separate.items()},
         alarms=alarms,
     )
-    (partial / "README.md").write_text(card(what, config, rows, costs["roles"], list(images)), encoding="utf-8")
+    _write_card(partial, what, config, rows, _costs(run, checkpoint))
     _refuse_local_paths(partial, run)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists():
         out.rmdir()
     partial.rename(out)
     return out
+
+
+def _write_card(
+    out: Path, what: Exported, config: RunConfig, rows: Sequence[Row], costs: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """README.md, and what it shows and refers to."""
+    write_json(out / "costs.json", costs)
+    images = curves(rows)
+    for name, svg in images.items():
+        (out / "curves").mkdir(exist_ok=True)
+        (out / "curves" / f"{name}.svg").write_text(svg, encoding="utf-8")
+    (out / "README.md").write_text(card(what, config, rows, costs["roles"], list(images)), encoding="utf-8")
 
 
 def _config_of(run: Path) -> RunConfig:
@@ -244,11 +250,6 @@ def _costs(run: Path, checkpoint: Path) -> dict[str, Any]:
         # Mapped: the optimizer's numbers, twice the weights, are not read.
         return torch.load(state, map_location="cpu", weights_only=True, mmap=True)["costs"]
     return json.loads((run / "costs.json").read_text(encoding="utf-8"))
-
-
-def _alarms(run: Path) -> list[dict[str, Any]]:
-    path = run / "guards.jsonl"
-    return read_metrics(path) if path.exists() else []
 
 
 def _method(run: Path) -> str:

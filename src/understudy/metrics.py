@@ -24,7 +24,7 @@ IMPOSSIBLE = math.log(1e-3)
 
 
 class MetricsLog:
-    """metrics.jsonl: one object per step, each line flushed as it is written."""
+    """metrics.jsonl, or another file of objects with a step: one object per line, flushed as it is written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -33,6 +33,10 @@ class MetricsLog:
         """Add a step's row. Raises RunError when it cannot be written."""
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(dict(row), allow_nan=False) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All objects; a half-written last line is left out. Raises ConfigError for one without a step."""
+        return _rows_of_steps(self.path) if self.path.exists() else []
 
     def flush(self) -> None:
         """Force it to disk, if there is one. Raises RunError when it cannot be."""
@@ -43,20 +47,20 @@ class MetricsLog:
     def truncate_after(self, step: int) -> None:
         """Drop rows of later steps, and a last line cut by a crash: they will be written again."""
         if self.path.exists():
-            rows = [row for row in rows_of_steps(self.path) if row["step"] <= step]
+            rows = [row for row in self.rows() if row["step"] <= step]
             write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows in order; a half-written last line is left out. Raises ConfigError for one that is no row of a step."""
-    rows = rows_of_steps(path)
+    rows = _rows_of_steps(path)
     for number, row in enumerate(rows, 1):
         if odd := [name for name, value in row.items() if type(value) not in (int, float)]:
             raise _no_row(path, number, f"{odd[0]} = {row[odd[0]]!r}")
     return rows
 
 
-def rows_of_steps(path: Path) -> list[dict[str, Any]]:
+def _rows_of_steps(path: Path) -> list[dict[str, Any]]:
     """Objects with a step, in order; a half-written last line is left out. Raises ConfigError for another line."""
     rows = []
     *lines, _ = path.read_bytes().split(b"\n")

@@ -258,7 +258,7 @@ def _training(config: RunConfig, rows: Sequence[Row]) -> str:
 def _alarms(alarms: Sequence[Row]) -> str:
     if not alarms:
         return ""
-    rows = [[str(alarm["step"]), alarm["guard"], alarm["action"], alarm["words"]] for alarm in alarms]
+    rows = [[str(alarm.get(key, "?")) for key in ("step", "guard", "action", "words")] for alarm in alarms]
     return "The guards' alarms:\n\n" + _table(["step", "guard", "action", "what"], rows)
 
 

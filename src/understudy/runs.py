@@ -34,7 +34,7 @@ from understudy.costs import CostLedger
 from understudy.environment import environment
 from understudy.errors import ConfigError, first_line
 from understudy.locking import LOCK_FILE, lock_folder
-from understudy.metrics import MetricsLog, read_metrics, rows_of_steps
+from understudy.metrics import MetricsLog, read_metrics
 from understudy.rollout_store import rollouts_path, write_rollouts
 
 if TYPE_CHECKING:
@@ -285,7 +285,7 @@ class RunFolder:
 
     def last_alarm(self) -> dict[str, Any] | None:
         """The newest of the guards' alarms, if there is one."""
-        alarms = rows_of_steps(self.alarms.path) if self.alarms.path.exists() else []
+        alarms = self.alarms.rows()
         return alarms[-1] if alarms else None
 
     def last_row(self) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import sys
 import threading
 import time
@@ -18,6 +20,7 @@ import pytest
 
 import understudy
 from understudy import RunConfig
+from understudy.errors import GuardStop, ServerUnavailable
 from understudy.trackers import TrackedRun, Trackers, fan_out
 from user import bpe_tokenizer, metrics, save_model, tree, write_rows
 
@@ -199,29 +202,102 @@ def test_a_package_that_is_not_there_and_one_that_is_too_old(
     assert 'pip install "understudy[trackio]"' in told[0]
 
 
-def test_a_training_run_with_a_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = save_model(tmp_path / "model", bpe_tokenizer())
-    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "1 + 1 ="}])
-    memory = Memory()
+def test_a_ctrl_c_ends_the_waiting_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    wake = threading.Event()
+
+    def hang(run: TrackedRun) -> Memory:
+        wake.wait(60)
+        return Memory()
+
+    start = time.monotonic()
+    with trackers(tmp_path / "run", {"wandb": hang}) as sent:
+        sent.log(row(1))
+        impatient = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+        impatient.start()
+    assert 0.2 <= time.monotonic() - start < 30
+    assert [r.getMessage().split(". ")[0] for r in caplog.records] == [
+        "tracker wandb is dropped: it was not waited for"
+    ]
+    wake.set()
+
+
+@pytest.fixture
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Memory:
+    """Stands in for trackio, package and module."""
     (tmp_path / "trackio.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    # What a tracker's module is to the package.
-    module = ModuleType("fake")
+    memory, module = Memory(), ModuleType("fake")
     module.open_run = memory  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "understudy.trackers.trackio_tracker", module)
+    return memory
+
+
+def training(folder: Path, **sections: Any) -> RunConfig:
+    """Two steps, evaluated before and after, tracked."""
+    if not (folder / "model").exists():
+        save_model(folder / "model", bpe_tokenizer())
+    rows = write_rows(folder / "rows.jsonl", [{"prompt": "1 + 1 =", "answer": "2"}])
     task = {"name": "sums", "path": str(rows), "grader": "last_number", "temperatures": [0.0]}
-    sections: dict[str, Any] = {"tracking": {"trackers": ["trackio"], "samples": 1}, "evaluation": {"tasks": [task]}}
-    rows.write_text('{"prompt": "1 + 1 =", "answer": "2"}\n')
-    config = RunConfig.model_validate(tree(model, model, rows, tmp_path / "run", **sections))
-    understudy.distill(config, quiet=True)
+    base: dict[str, Any] = {"tracking": {"trackers": ["trackio"], "samples": 1}, "evaluation": {"tasks": [task]}}
+    model = folder / "model"
+    return RunConfig.model_validate(tree(model, model, rows, folder / "run", **{**base, **sections}))
+
+
+def test_a_training_run_with_a_tracker(memory: Memory, tmp_path: Path) -> None:
+    understudy.distill(training(tmp_path), quiet=True)
     stored = metrics(tmp_path / "run")
     # Evaluations are in their rows before these are sent.
     assert memory.logged == [(r["step"], {k: v for k, v in r.items() if k != "step"}) for r in stored]
     assert "eval/sums/greedy" in memory.logged[-1][1]
     assert [(step, name) for step, name, _ in memory.texts] == [(0, "rollouts"), (2, "rollouts")]
     assert memory.closed == [True]
-    longer = RunConfig.model_validate(tree(model, model, rows, tmp_path / "run", **sections, optim={"num_steps": 3}))
     memory.last_step = 2
-    understudy.distill(longer, quiet=True, resume=True)
+    understudy.distill(training(tmp_path, optim={"num_steps": 3}), quiet=True, resume=True)
     assert memory.steps == [0, 1, 2, 3]
     assert memory.runs[0].id == memory.runs[1].id
+
+
+def test_alarms_are_told_also_those_that_stop_a_run(memory: Memory, tmp_path: Path) -> None:
+    guards = {"ratio": {"abs_log_mean": 1e-12, "action": "stop"}}
+    config = training(tmp_path, guards=guards, objective={"estimator": "sampled"}, evaluation={"tasks": []})
+    with pytest.raises(GuardStop):
+        understudy.distill(config, quiet=True)
+    [(step, name, text)] = [told for told in memory.texts if told[1] != "rollouts"]
+    assert (step, name) == (1, "alarms/ratio")
+    assert text.startswith("**step 1, ratio (stop)**\n\nratio/abs_log_mean is ")
+    assert (memory.steps, memory.closed) == ([], [False])
+
+
+def test_a_row_waits_for_the_evaluation_that_a_run_owes(
+    memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, calls = understudy.api.evaluate_tasks, [0]
+
+    def fails_once(*arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise ServerUnavailable("away")
+        return own(*arguments)
+
+    monkeypatch.setattr(understudy.api, "evaluate_tasks", fails_once)
+    with pytest.raises(ServerUnavailable):
+        understudy.distill(training(tmp_path), quiet=True)
+    assert (memory.steps, memory.closed) == ([0, 1], [False])
+    assert metrics(tmp_path / "run")[-1]["step"] == 2
+    memory.last_step = 1
+    understudy.distill(training(tmp_path), quiet=True, resume=True)
+    assert memory.steps == [0, 1, 2]
+    assert "eval/sums/greedy" in memory.logged[-1][1]
+    assert memory.closed == [False, True]
+
+
+def test_the_update_that_a_run_ended_after_is_sent(
+    memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: Any, **named: Any) -> Any:
+        raise ServerUnavailable("away")
+
+    monkeypatch.setattr("understudy.loop.sync_weights", fails)  # after the row, before the end of the step
+    with pytest.raises(ServerUnavailable):
+        understudy.distill(training(tmp_path), quiet=True)
+    assert memory.steps == [0, 1]

@@ -36,7 +36,7 @@ SAID = "completion_length/mean is 9"
 
 
 def row(step: int) -> dict[str, float]:
-    return {"step": step, "optim/loss": 1 / (step + 1), "eval/a/t1_pass@2": 0.5, "cost/seconds": float(step)}
+    return {"step": step, "optim/loss": 1 / (step + 1), "eval/a (hard)/t1_pass@2": 0.5, "cost/seconds": float(step)}
 
 
 def sent_in_two_sessions(name: str, folder: Path, caplog: pytest.LogCaptureFixture) -> str:
@@ -77,7 +77,7 @@ def test_tensorboard(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     scalars = events.Scalars("optim/loss")
     assert [event.step for event in scalars] == list(range(8))  # 4 and 5 once: the second session's
     assert {event.step: event.value for event in scalars} == losses(range(8))
-    assert set(events.Tags()["scalars"]) == {"optim/loss", "eval/a/t1_pass_2", "cost/seconds"}
+    assert set(events.Tags()["scalars"]) == {"optim/loss", "eval/a (hard)/t1_pass_2", "cost/seconds"}
     texts = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
     assert RECORD["completion_text"] in texts["rollouts/text_summary"]
     assert "| student.model | m |" in texts["config/text_summary"]
@@ -136,7 +136,7 @@ def test_mlflow(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     history = client.get_metric_history(run.info.run_id, "optim/loss")
     assert [metric.step for metric in history] == list(range(8))
     assert {metric.step: metric.value for metric in history} == losses(range(8))
-    assert "eval/a/t1_pass_at_2" in run.data.metrics
+    assert "eval/a _hard_/t1_pass_at_2" in run.data.metrics
     path = client.download_artifacts(run.info.run_id, "rollouts/step_000002.md", str(tmp_path))
     assert RECORD["completion_text"] in Path(path).read_text()
     path = client.download_artifacts(run.info.run_id, "alarms/length/step_000002.md", str(tmp_path))

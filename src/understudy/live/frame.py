@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from understudy.live.track import Metric, Track, evaluations, metrics_that_matter, pace, role_shares, seconds_left
+from understudy.live.track import Metric, Track, metrics_that_matter, pace, role_shares, seconds_left
 
 _BLOCKS, _ASCII = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 _LABEL, _VALUE = 18, 10
@@ -208,7 +208,7 @@ def _footer(track: Track, shown: Sequence[Metric]) -> list[Text]:
     """Other evaluations, and where time and compute go."""
     latest: dict[str, float] = {}
     for point in track.points:
-        latest |= evaluations(point.row)
+        latest |= point.evaluations
     keys = {key for metric in shown for key in metric.keys}
     others = [f"{name} {value:.3f}" for name, value in latest.items() if f"eval/{name}" not in keys]
     facts = [f"{name} {100 * share:.0f} %" for name, share in role_shares(track).items() if share >= 0.005]

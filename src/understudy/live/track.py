@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -51,6 +52,11 @@ class Point:
     row: Row
     at: float | None = None
 
+    @cached_property
+    def evaluations(self) -> Mapping[str, float]:
+        """``evaluations`` of the row, looked up once: every picture asks all points."""
+        return evaluations(self.row)
+
 
 @dataclass(frozen=True)
 class Track:
@@ -85,7 +91,7 @@ def metrics_that_matter(track: Track) -> list[tuple[Metric, list[float]]]:
     rows = [point.row for point in track.points]
     shown: list[tuple[Metric, list[float]]] = []
     for metric in (*MATTERS.get(track.method, ()), *SPARE):
-        found = _score(rows) if metric is SCORE else metric
+        found = _score(track.points) if metric is SCORE else metric
         values = _values(rows, found.keys)
         # Progress that counts prompts has no optimizer, and nothing to fill places for.
         if values and len(shown) < SHOWN and all(other.keys != found.keys for other, _ in shown):
@@ -93,9 +99,9 @@ def metrics_that_matter(track: Track) -> list[tuple[Metric, list[float]]]:
     return shown
 
 
-def _score(rows: Sequence[Row]) -> Metric:
-    for row in rows:
-        for name in evaluations(row):
+def _score(points: Sequence[Point]) -> Metric:
+    for point in points:
+        for name in point.evaluations:
             return Metric(name.replace("/", " "), SCORE.form, (f"eval/{name}",))
     return REWARD
 

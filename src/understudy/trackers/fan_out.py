@@ -128,6 +128,8 @@ class _Worker:
         self._messages: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(MOST_WAITING)
         self._finished = self._dropped = False
         self._telling = threading.Lock()
+        # Not the thread's join: a Ctrl-C in the middle of one makes Python 3.11 take the thread for ended.
+        self._ended = threading.Event()
         # A daemon: a tracker that never answers must not keep a finished run from ending.
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
 
@@ -153,13 +155,13 @@ class _Worker:
 
     def wait(self, seconds: float) -> None:
         if not self._dropped:
-            self._thread.join(max(0.0, seconds))
+            self._ended.wait(max(0.0, seconds))
         self.drop_if_busy("it does not finish")
         with self._telling:  # whoever drops it has said so
             pass
 
     def drop_if_busy(self, reason: str) -> None:
-        if self._thread.is_alive():
+        if not self._ended.is_set():
             self._drop(reason)
 
     def _work(self) -> None:
@@ -175,6 +177,8 @@ class _Worker:
             self._drop(f'{error}; pip install "understudy[{self._name}]"')
         except (Exception, SystemExit) as error:  # whatever a third party's code raises: the run goes on without it
             self._drop(f"{type(error).__name__}: {str(error).strip() or 'no message'}")
+        finally:
+            self._ended.set()
 
     def _drop(self, reason: str) -> None:
         with self._telling:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -28,10 +29,19 @@ def open_run(run: TrackedRun) -> MlflowTracker:
         held = [metric.step for metric in client.get_metric_history(run_id, ALWAYS)]
         return MlflowTracker(client, run_id, max(held, default=-1))
     run_id = client.create_run(experiment, run_name=run.name, tags={_TAG: run.id}).info.run_id
-    parameters = [Param(key, str(value)[:_LONGEST_PARAMETER]) for key, value in run.config.items()]
+    parameters = [Param(_allowed(key), str(value)[:_LONGEST_PARAMETER]) for key, value in run.config.items()]
     for start in range(0, len(parameters), _PARAMETERS_AT_ONCE):
         client.log_batch(run_id, params=parameters[start : start + _PARAMETERS_AT_ONCE])
     return MlflowTracker(client, run_id, -1)
+
+
+def _allowed(name: str) -> str:
+    """A name as MLflow takes it: one that it refuses would cost the run all others too.
+
+    >>> _allowed("eval/sums (hard)/t1_pass@2")
+    'eval/sums _hard_/t1_pass_at_2'
+    """
+    return re.sub(r"[^\w\-. :/]", "_", name.replace("@", "_at_"))
 
 
 class MlflowTracker:
@@ -45,8 +55,7 @@ class MlflowTracker:
         from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]
 
         now = int(time.time() * 1000)
-        # Its names allow no "@".
-        entries = [Metric(name.replace("@", "_at_"), value, now, step) for name, value in metrics.items()]
+        entries = [Metric(_allowed(name), value, now, step) for name, value in metrics.items()]
         self._client.log_batch(self._run_id, metrics=entries)
 
     def log_text(self, step: int, name: str, text: str) -> None:
