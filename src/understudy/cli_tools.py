@@ -190,7 +190,6 @@ def report(*runs: Path) -> int:
     runs
         Folders of runs, or of pipelines.
     """
-    from understudy.pipeline_state import load_state
     from understudy.report import write_run_report
     from understudy.report.pipeline_report import write_pipeline_report
 
@@ -198,8 +197,9 @@ def report(*runs: Path) -> int:
         raise ConfigError("report", got="no folder", expected="a run's output_dir", remedy="understudy report runs/a")
     for run in runs:
         if (run / "pipeline.json").exists():
-            load_state(run)  # raises for what is not whole
-            print(write_pipeline_report(run))
+            from understudy.pipeline_state import load_state
+
+            print(write_pipeline_report(run, state=load_state(run).model_dump(mode="json")))
             continue
         if not (run / "config.toml").exists():
             raise ConfigError(

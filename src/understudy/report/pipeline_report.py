@@ -37,13 +37,14 @@ class PhaseRow:
     gates: tuple[str, ...]
 
 
-def write_pipeline_report(folder: Path, out: Path | None = None) -> Path:
+def write_pipeline_report(folder: Path, out: Path | None = None, *, state: Mapping[str, Any] | None = None) -> Path:
     """Write the page of the pipeline in ``folder`` to ``out`` (default: ``folder/report.html``) and return its path.
 
-    Links are relative: the page works wherever the folder is moved to.
+    Links are relative: the page works wherever the folder is moved to. ``state``: what pipeline.json holds, where it has
+    been read and checked.
     """
     folder = Path(folder)
-    state = json.loads((folder / "pipeline.json").read_text(encoding="utf-8"))
+    state = state or json.loads((folder / "pipeline.json").read_text(encoding="utf-8"))
     phases = state["phases"]
     metrics = _metrics(phases)
     courses = {metric: _course(state["plan"]["start"], phases, metric) for metric in metrics}
