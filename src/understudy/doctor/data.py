@@ -6,10 +6,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from understudy.config import EvalTaskConfig, RowsConfig
-from understudy.doctor.case import FAST_ROWS
+from understudy.doctor.case import FAST_CHARACTERS, FAST_ROWS
 from understudy.doctor.findings import Check, Found
 from understudy.types import Prompt
 
@@ -142,10 +143,11 @@ def _same_source(rows: RowsConfig | None, task: EvalTaskConfig) -> bool:
 
 
 def _training_texts(case: Case) -> list[str]:
-    most = FAST_ROWS if case.fast else None
-    if case.on_policy:
-        return [prompt.text for prompt in case.prompts[:most]]
-    return [_text(row.values) for row in case.rows[:most]]
+    texts = [prompt.text for prompt in case.prompts] if case.on_policy else [_text(row.values) for row in case.rows]
+    if not case.fast:
+        return texts
+    before = accumulate(map(len, texts), initial=0)
+    return [text for text, place in zip(texts[:FAST_ROWS], before, strict=False) if place < FAST_CHARACTERS]
 
 
 def _text(values: object) -> str:

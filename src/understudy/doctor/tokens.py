@@ -37,7 +37,8 @@ def token_map(case: Case) -> Iterator[Found]:
     """Every id means the same token to all roles."""
     student = case.student
     for role, other in [*_others(case)]:
-        check_same_tokens(student, other, role=role.partition(" ")[0])
+        if case.checked is None:  # else it has been looked at, and a large vocabulary takes its time
+            check_same_tokens(student, other, role=role.partition(" ")[0])
         ids = sorted(student.vocab.values())
         example = ids[len(ids) // 2]
         yield Found(
