@@ -40,18 +40,18 @@ class PhaseRow:
 def write_pipeline_report(folder: Path, out: Path | None = None, *, state: Mapping[str, Any] | None = None) -> Path:
     """Write the page of the pipeline in ``folder`` to ``out`` (default: ``folder/report.html``) and return its path.
 
-    Links are relative: the page works wherever the folder is moved to. ``state``: what pipeline.json holds, where it has
-    been read and checked.
+    Links are relative: the page works wherever the folder is moved to. ``state``: what pipeline.json holds, where it
+    has been read and checked.
     """
     folder = Path(folder)
-    state = state or json.loads((folder / "pipeline.json").read_text(encoding="utf-8"))
-    phases = state["phases"]
+    content = state or json.loads((folder / "pipeline.json").read_text(encoding="utf-8"))
+    phases = content["phases"]
     metrics = _metrics(phases)
-    courses = {metric: _course(state["plan"]["start"], phases, metric) for metric in metrics}
+    courses = {metric: _course(content["plan"]["start"], phases, metric) for metric in metrics}
     roles = summed_costs([_roles(folder / phase["folder"] / "costs.json") for phase in phases])
     context = {
         "title": folder.resolve().name,
-        "intro": _intro(state),
+        "intro": _intro(content),
         "headlines": _headlines(phases, courses),
         "columns": ("Cycle", "Method", "Steps", "Time", "Compute", *(_words(metric) for metric in metrics), "Outcome"),
         "phases": [_phase_row(folder, phase, metrics) for phase in phases],
