@@ -10,6 +10,7 @@ import torch
 from tiny import prompt_of, rollout_of
 from understudy.config_objective import ObjectiveConfig
 from understudy.divergences import KINDS, Divergence
+from understudy.errors import ConfigError
 from understudy.lm_head import LMHead
 from understudy.losses import cispo_loss, importance_sampling_loss, ppo_loss
 from understudy.metrics import (
@@ -255,6 +256,16 @@ def test_the_log_survives_a_crash_and_forgets_later_steps(tmp_path: Path) -> Non
     log.truncate_after(2)
     log.append({"step": 3, "loss": 0.0})
     assert read_metrics(log.path) == [{"step": 1, "loss": 0.125}, {"step": 2, "loss": 0.25}, {"step": 3, "loss": 0.0}]
+
+
+@pytest.mark.parametrize("line", [b"{", b"\xff", b"[1]", b'{"loss": 1.0}', b'{"step": "2"}', b"[" * 10**5])
+def test_a_line_that_is_no_row_is_named(line: bytes, tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append({"step": 1})
+    log.path.write_bytes(log.path.read_bytes() + line + b"\n" + b'{"step": 3}\n')
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl:2\n") as refused:
+        log.truncate_after(3)
+    assert (refused.value.expected, len(refused.value.got) <= 200) == ("a row as the run wrote it", True)
 
 
 def test_numbers_that_json_lacks_are_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from understudy.checkpoints import flush, write_atomic, writing
 from understudy.config_objective import ObjectiveConfig
 from understudy.divergences import KINDS
+from understudy.errors import ConfigError, first_line
 from understudy.types import Rollout, ScoredRollout, Scores, TrainingExample
 
 _DEFAULTS = ObjectiveConfig()
@@ -31,6 +32,10 @@ class MetricsLog:
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(dict(row), allow_nan=False) + "\n")
 
+    def replace_last(self, row: Mapping[str, Any]) -> None:
+        """Put another row in the newest one's place. Raises RunError when it cannot be written."""
+        self._write([*read_metrics(self.path)[:-1], row])
+
     def flush(self) -> None:
         """Force it to disk, if there is one. Raises RunError when it cannot be."""
         if self.path.exists():
@@ -40,16 +45,26 @@ class MetricsLog:
     def truncate_after(self, step: int) -> None:
         """Drop rows of later steps, and a last line cut by a crash: they will be written again."""
         if self.path.exists():
-            rows = [row for row in read_metrics(self.path) if row["step"] <= step]
-            write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+            self._write([row for row in read_metrics(self.path) if row["step"] <= step])
+
+    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        write_atomic(self.path, "".join(json.dumps(dict(row), allow_nan=False) + "\n" for row in rows))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows in order; a half-written last line is left out."""
+    """Rows in order; a half-written last line is left out. Raises ConfigError for another line that is no row."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            row, got = None, first_line(error)
+        else:
+            got = line[:100].decode("utf-8", "replace")
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            remedy = "put the file back from a copy, or start anew in another output_dir"
+            raise ConfigError(f"{path}:{number}", got=got, expected="a row as the run wrote it", remedy=remedy)
+        rows.append(row)
     return rows
 
 
