@@ -201,8 +201,7 @@ CHECKS = (
         "data.rows",
         rows,
         "fails where a row cannot be read, is empty or has nothing to train on; warns where more than "
-        f"{MAX_LEFT_OUT:.0%} are "
-        "left out as too long",
+        f"{MAX_LEFT_OUT:.0%} are left out as too long",
         "what is left out is the long and often the hard part of a data set",
         "shorten the rows, or give the models a longer context",
         fast=True,
@@ -227,9 +226,8 @@ CHECKS = (
     Check(
         "data.contamination",
         contamination,
-        f"warns where more than {MAX_CONTAMINATED:.0%} of a task's problems share {NGRAM} words in a row with "
-        "a training row, "
-        "or the task reads the training rows themselves",
+        f"warns where more than {MAX_CONTAMINATED:.0%} of a task's problems share {NGRAM} words in a row with a "
+        "training row, or the task reads the training rows themselves",
         "accuracy on problems that were trained on says nothing about others",
         "take these problems out of the training rows, or evaluate on others",
         fast=True,
