@@ -52,6 +52,18 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"step_1000000", "step_1000005"}
 
 
+def test_old_ones_that_cannot_be_removed_are_an_error_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> None:
+        raise PermissionError(f"not permitted: {path}")
+
+    trainer: Any = Named("weights")
+    save_checkpoint(tmp_path, 1, trainer, Named("words"), {}, keep=1)
+    monkeypatch.setattr("shutil.rmtree", refused)
+    with pytest.raises(RunError, match=r"not permitted: .*step_000001\.partial"):
+        save_checkpoint(tmp_path, 2, trainer, Named("words"), {}, keep=1)
+    assert newest_state(tmp_path)[0] == 2
+
+
 def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
     for name in ("step_000004", "step_000006.partial", "step_x", "other"):
         (tmp_path / name).mkdir()

@@ -407,3 +407,16 @@ def test_temperatures_that_cannot_be_known(models: Path, tmp_path: Path) -> None
     understudy.distill(own, quiet=True)
     for name in ("other", "own"):
         assert "teacher/temperature_ratio" not in metrics(tmp_path / name)[0]
+
+
+def test_named_weights_that_cannot_be_read_end_no_run(
+    models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_model(tmp_path / "broken", word_tokenizer(), seed=1)
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"no weights")
+    guards = {"temperature": {"action": "stop"}}
+    run = config(models, tmp_path / "run", steps=1, guards=guards, teacher={"model": str(tmp_path / "broken")})
+    with caplog.at_level(logging.INFO, logger="understudy"):
+        understudy.distill(run, teachers={"default": At(models / "teacher", 1.0)}, quiet=True)
+    assert "teacher/temperature_ratio" not in metrics(tmp_path / "run")[0]
+    assert any("guard temperature: teacher default is not looked at" in line for line in caplog.messages)

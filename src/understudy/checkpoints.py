@@ -57,9 +57,10 @@ def save_checkpoint(
         failure = not_written(final, error)
         shutil.rmtree(partial, ignore_errors=True)  # the room it takes is needed
         raise failure from error
-    for old in [path for _, path in list_checkpoints(folder)[:-keep]] + list(folder.glob(f"*{_DAMAGED}")):
-        # Renamed first: a folder that is still called step_... is whole, even if a crash interrupts the removal.
-        shutil.rmtree(old.rename(old.with_suffix(".partial")))
+    with writing(folder):
+        for old in [path for _, path in list_checkpoints(folder)[:-keep]] + list(folder.glob(f"*{_DAMAGED}")):
+            # Renamed first: a folder that is still called step_... is whole, even if a crash interrupts the removal.
+            shutil.rmtree(old.rename(old.with_suffix(".partial")))
     return final
 
 

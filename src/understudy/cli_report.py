@@ -80,12 +80,14 @@ def _comparison(folders: Sequence[Path], output: Path) -> Made:
 
 
 def _pipeline(folder: Path, output: Path | None) -> Made:
+    from understudy.pipeline_state import load_state
     from understudy.report.pipeline_report import pipeline_curves, write_pipeline_report
     from understudy.report.run_data import merge_by_step, read_jsonl
 
+    state = load_state(folder).model_dump(mode="json")
     paths = sorted(folder.glob("*/metrics.jsonl"))
     metrics = {path.parent.name: merge_by_step(read_jsonl(path)[0]) for path in paths}
-    return write_pipeline_report(folder, output), pipeline_curves(folder), metrics
+    return write_pipeline_report(folder, output, state=state), pipeline_curves(folder, state=state), metrics
 
 
 def _check(runs: Sequence[Path], output: Path | None, figures: Path | None, csv: Path | None) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from understudy.backends.protocols import Teacher, Trainer
-from understudy.errors import GuardStop
+from understudy.errors import ConfigError, GuardStop, first_line
 from understudy.guards import CAUSES, Finding, Row, judge, past_of
 from understudy.mark_temperature import NOISE, errors_by_ratio
 from understudy.metrics import alignment, read_metrics, repeated_4grams, update_metrics
@@ -106,7 +106,11 @@ class GuardWatch:
         """None where the teacher's weights are not at hand, or give other marks at every temperature: that is another
         model, and may be meant."""
         own = [s for s in self._scored if s.rollout.prompt.teacher == name and s.scores is not None][:PROBED]
-        weights = self._weights_of(name) if own else None
+        try:
+            weights = self._weights_of(name) if own else None
+        except ConfigError as error:  # weights that the run itself does without are no reason to end it
+            log.info("guard temperature: teacher %s is not looked at: %s", name, first_line(error))
+            return None
         if weights is None:
             return None
         marks = [s.scores.teacher_logprobs for s in own if s.scores is not None]

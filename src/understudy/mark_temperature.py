@@ -15,19 +15,25 @@ from understudy.backends.memory import memory_budget
 from understudy.backends.protocols import Teacher
 from understudy.config import TeacherConfig
 from understudy.lm_head import head_logprobs
+from understudy.model_files import adapter_base
 from understudy.types import HiddenScores, TokenSequence
 
 # Nats per token, on average: engines in bfloat16 differ by up to so much with load and batch size.
 NOISE = 0.03
 # Steps of 9%, from a quarter to four times.
 RATIOS = tuple(2 ** (step / 8) for step in range(-16, 17))
+# Of each completion: every ratio is a pass of the head, and so many tokens of a few of them say enough.
+_TOKENS = 256
 
 
 def errors_by_ratio(
     marks: Sequence[Sequence[float]], states: Teacher, sequences: Sequence[TokenSequence], *, temperature: float
 ) -> dict[float, float]:
     """Ratio -> mean distance, in nats per token, between ``marks`` [sequence][t] and what a model gives the same tokens
-    at ``temperature`` times that ratio. ``states``: the model, as a teacher of hidden states with a ``head``."""
+    at ``temperature`` times that ratio; of long sequences the first tokens. ``states``: the model, as a teacher of
+    hidden states with a ``head``."""
+    sequences = [TokenSequence(one.prompt_ids, one.completion_ids[:_TOKENS]) for one in sequences]
+    marks = [own[:_TOKENS] for own in marks]
     hidden = [score for score in states.score(sequences, "hidden") if isinstance(score, HiddenScores)]
     head = getattr(states, "head")  # noqa: B009  # a part of the protocol for those that give hidden states alone
     device, dtype = head.weight.device, head.weight.dtype
@@ -51,7 +57,8 @@ def named_weights(
     loaded."""
     if role.url is not None and role.model == student:
         return None  # the default, which says nothing of the server's weights
-    size = sum(path.stat().st_size for path in Path(role.model).glob("*.safetensors"))
+    # Adapters are loaded with their base, which may be anywhere.
+    size = _stored_bytes(adapter_base(Path(role.model)) or role.model)
     device = pick_device(role.device)
     if not 0 < size <= most_bytes or 2 * size > memory_budget(device):
         return None
@@ -59,3 +66,7 @@ def named_weights(
     model = load_model(role.model, role="teacher", dtype=torch.float32, device=device, trust_remote_code=trust)
     model.requires_grad_(False)
     return LocalTeacher(LanguageModel(model, vocab_size=vocab_size))
+
+
+def _stored_bytes(model: str) -> int:
+    return sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))

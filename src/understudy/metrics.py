@@ -38,6 +38,10 @@ class MetricsLog:
         """All objects; a half-written last line is left out. Raises ConfigError for one without a step."""
         return _rows_of_steps(self.path) if self.path.exists() else []
 
+    def replace_last(self, row: Mapping[str, Any]) -> None:
+        """Put another row in the newest one's place. Raises RunError when it cannot be written."""
+        self._write([*read_metrics(self.path)[:-1], row])
+
     def flush(self) -> None:
         """Force it to disk, if there is one. Raises RunError when it cannot be."""
         if self.path.exists():
@@ -47,8 +51,10 @@ class MetricsLog:
     def truncate_after(self, step: int) -> None:
         """Drop rows of later steps, and a last line cut by a crash: they will be written again."""
         if self.path.exists():
-            rows = [row for row in self.rows() if row["step"] <= step]
-            write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+            self._write([row for row in self.rows() if row["step"] <= step])
+
+    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        write_atomic(self.path, "".join(json.dumps(dict(row), allow_nan=False) + "\n" for row in rows))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 
 from understudy.checkpoints import write_json
-from understudy.config_base import Section
+from understudy.config_base import Section, usable_path
 from understudy.config_pipeline import GateConfig, PhaseMethod, PipelineConfig, runs_of
 from understudy.errors import ConfigError, first_line
 from understudy.locking import LOCK_FILE, lock_folder
@@ -56,6 +56,8 @@ class PhaseRecord(Section):
     """The same after its last."""
     gates: tuple[GateOutcome, ...] = ()
     outcome: Literal["kept", "rolled_back", "stopped"] = "kept"
+
+    _usable_folder = field_validator("folder")(usable_path)
 
     @property
     def student(self) -> str:

@@ -249,13 +249,16 @@ class RunFolder:
         for finding in findings:
             doctor.append({"step": self.first_step, **finding})
 
-    def record(self, step: int, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Append a step's metrics with its running costs."""
+    def record(self, step: int, row: Mapping[str, Any], *, again: bool = False) -> dict[str, Any]:
+        """Append a step's metrics with its running costs; or put them in the newest row's place, ``again``."""
         full = {"step": step, **row}
         for role, seconds in self.costs.take_seconds().items():
             full[f"time/{role}"] = full.get(f"time/{role}", 0.0) + seconds
         full |= {"cost/flops": self.costs.total("flops"), "cost/seconds": self.costs.total("seconds")}
-        self.metrics.append(full)
+        if again:  # in one go: its checkpoint may be there already, and then nobody would write the row anew
+            self.metrics.replace_last(full)
+        else:
+            self.metrics.append(full)
         self._recorded_costs = copy.deepcopy(self.costs.to_json())
         write_json(self.path / "costs.json", self._recorded_costs)
         return full
@@ -263,8 +266,7 @@ class RunFolder:
     def amend(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Add metrics to the newest row, with what they cost."""
         row = self.last_row()
-        self.metrics.truncate_after(row["step"] - 1)
-        return self.record(row.pop("step"), {**row, **metrics})
+        return self.record(row.pop("step"), {**row, **metrics}, again=True)
 
     def evaluation_is_due(self, step: int) -> bool:
         """After step ``step``: every so many steps, and after the last."""

@@ -99,6 +99,12 @@ def test_a_missing_model_is_said_once(world: Path):
     assert "no such folder" in report.of("fail")[0].evidence
 
 
+def test_the_fast_form_begins_with_what_commands_refuse(world: Path):
+    report = look(ledger_config(world, prompts=None), fast=True)
+    assert [finding.check for finding in report.of("fail")] == ["configuration.sections"]
+    assert (report.exit_code, "no [prompts]" in report.of("fail")[0].evidence) == (2, True)
+
+
 # At the start of training
 
 

@@ -54,6 +54,7 @@ CHECKS = (
         _REFUSED,
         "a setting without effect, or two that contradict each other, make another experiment than was meant",
         "`understudy keys` lists every key",
+        fast=True,
     ),
     Check(
         "configuration.machine",
@@ -61,6 +62,7 @@ CHECKS = (
         _REFUSED,
         "a device or package that is missing ends the run when it is first used",
         'device = "auto"; pip install "understudy[lora]"',
+        fast=True,
     ),
     Check(
         "configuration.models",
@@ -68,6 +70,7 @@ CHECKS = (
         _REFUSED,
         "everything else is read from the models' folders",
         "check the paths; save the tokenizer beside the model",
+        fast=True,
     ),
 )
 LAST = (

@@ -57,9 +57,8 @@ def overlap(case: Case) -> Iterator[Found]:
         "teacher_mass": mean(teacher_mass),
     }
     evidence = (
-        f"{len(shared)} positions: of the {TOP} likeliest tokens student and teacher share {mean(shared):.0%}; "
-        "the student "
-        f"gives the teacher's {mean(student_mass):.3f} of its probability, the teacher the student's "
+        f"{len(shared)} positions: of the {TOP} likeliest tokens student and teacher share {mean(shared):.0%}; the "
+        f"student gives the teacher's {mean(student_mass):.3f} of its probability, the teacher the student's "
         f"{mean(teacher_mass):.3f}"
     )
     yield Found("warn" if mean(student_mass) < MIN_STUDENT_MASS else "pass", evidence, numbers)
@@ -98,9 +97,8 @@ def support(case: Case) -> Iterator[Found]:
     share = len(impossible) / trial.num_tokens
     numbers = {"tokens": trial.num_tokens, "impossible": share, "reverse_kl": mean(gaps)}
     evidence = (
-        f"{share:.1%} of the student's {trial.num_tokens} tokens have a probability below {IMPOSSIBLE:g} for "
-        "the teacher; "
-        f"reverse KL {mean(gaps):.3f} nats a token"
+        f"{share:.1%} of the student's {trial.num_tokens} tokens have a probability below {IMPOSSIBLE:g} for the "
+        f"teacher; reverse KL {mean(gaps):.3f} nats a token"
     )
     if impossible:
         rollout, t = impossible[0]
@@ -309,9 +307,8 @@ CHECKS = (
         "entropy",
         entropy,
         f"warns where mean entropies are more than {MAX_ENTROPY_GAP:g} nats apart",
-        "a student that is far less sure than its teacher writes what the teacher never would; one that is far "
-        "surer tries "
-        "nothing else",
+        "a student that is far less sure than its teacher writes what the teacher never would; one that is far surer "
+        "tries nothing else",
         "fine-tune the student on the teacher's answers first: `understudy generate`, then `understudy sft`",
     ),
     _fit(
@@ -325,9 +322,8 @@ CHECKS = (
     _fit(
         "accuracy",
         accuracy,
-        "warns where the teacher does worse than the student in every task, by more than two standard errors, "
-        "or solves "
-        "nothing",
+        "warns where the teacher does worse than the student in every task, by more than two standard errors, or "
+        "solves nothing",
         "a student becomes its teacher: one that cannot do the task, or is asked in a form it does not know, "
         "teaches that",
         "use a teacher that solves the task, and the prompts and chat template it solves it with",
@@ -351,11 +347,10 @@ CHECKS = (
     Check(
         "fit.optim",
         optim,
-        f"warns where the learning rate is more than {MAX_RATE_FACTOR:g} times off {RATE:g} x sqrt({WIDTH} / "
-        "hidden size), "
-        f"{ADAPTER_FACTOR} times that for adapters, or a step has fewer than {MIN_COMPLETIONS} sequences. To "
-        "begin with: "
-        f"{COMPLETIONS['full']} completions a step, {COMPLETIONS['sampled']} for the sampled estimator and rewards",
+        f"warns where the learning rate is more than {MAX_RATE_FACTOR:g} times off {RATE:g} x sqrt({WIDTH} / hidden "
+        f"size), {ADAPTER_FACTOR} times that for adapters, or a step has fewer than {MIN_COMPLETIONS} sequences. To "
+        f"begin with: {COMPLETIONS['full']} completions a step, {COMPLETIONS['sampled']} for the sampled estimator and "
+        "rewards",
         "too small a rate learns nothing in the time there is, too large a one breaks the model; small batches "
         "are noise",
         "optim.learning_rate = ..., sampling.groups_per_batch = ...",

@@ -51,10 +51,9 @@ def repeatable(case: Case) -> Iterator[Found]:
         }
         worst = max(mean(twice), mean(company))
         evidence = (
-            f"teacher {name}, {len(sequences)} sequences of {len(twice)} tokens: marks differ by "
-            f"{mean(twice):.2g} nats a "
-            f"token (at most {max(twice):.2g}) when asked twice, by {mean(company):.2g} (at most {max(company):.2g}) "
-            "between a batch and one by one"
+            f"teacher {name}, {len(sequences)} sequences of {len(twice)} tokens: marks differ by {mean(twice):.2g} "
+            f"nats a token (at most {max(twice):.2g}) when asked twice, by {mean(company):.2g} (at most "
+            f"{max(company):.2g}) between a batch and one by one"
         )
         where = max(range(len(twice)), key=lambda i: max(twice[i], company[i]))
         token = list(chain.from_iterable(s.completion_ids for s in sequences))[where]
@@ -92,8 +91,7 @@ def sampler(case: Case) -> Iterator[Found]:
     numbers = {"tokens": len(errors), "mean": mean(errors), "max": max(errors), "outside_share": share}
     evidence = (
         f"{len(errors)} tokens: sampler and trainer differ by {mean(errors):.2g} nats a token, at most "
-        f"{max(errors):.2g}; "
-        f"{share:.1%} of the importance ratios are outside [0.91, 1.1]"
+        f"{max(errors):.2g}; {share:.1%} of the importance ratios are outside [0.91, 1.1]"
     )
     level = "fail" if mean(errors) > MAX_FAULT else "warn" if mean(errors) > MAX_NOISE else "pass"
     yield Found(level, evidence, numbers)
@@ -116,9 +114,8 @@ def top_mass(case: Case) -> Iterator[Found]:
     ]
     numbers["apart"] = mean(errors) if errors else 0.0
     evidence = (
-        f"the teacher's {wanted} likeliest tokens hold {mean(masses):.3f} of its probability, "
-        f"{min(masses):.3f} at least; a "
-        f"token among them is {numbers['apart']:.2g} nats from its own mark"
+        f"the teacher's {wanted} likeliest tokens hold {mean(masses):.3f} of its probability, {min(masses):.3f} at "
+        f"least; a token among them is {numbers['apart']:.2g} nats from its own mark"
     )
     asked = case.config.objective.estimator == "topk"
     if numbers["apart"] > MAX_NOISE:
@@ -320,9 +317,8 @@ CHECKS = (
         f'warns below {MIN_TOP_MASS:g} with estimator = "topk", and above {MAX_NOISE:g} nats between a '
         "token's mark and the "
         f"same token among the alternatives (fails above {MAX_FAULT:g})",
-        "a top-k objective sees the mass outside its tokens as one number; alternatives of another "
-        "distribution than the "
-        "marks' are none of this teacher's",
+        "a top-k objective sees the mass outside its tokens as one number; alternatives of another distribution than "
+        "the marks' are none of this teacher's",
         "objective.topk = 64",
         weights=True,
         methods=_DISTILL,

@@ -37,7 +37,8 @@ def token_map(case: Case) -> Iterator[Found]:
     """Every id means the same token to all roles."""
     student = case.student
     for role, other in [*_others(case)]:
-        check_same_tokens(student, other, role=role.partition(" ")[0])
+        if case.checked is None:  # else it has been looked at, and a large vocabulary takes its time
+            check_same_tokens(student, other, role=role.partition(" ")[0])
         ids = sorted(student.vocab.values())
         example = ids[len(ids) // 2]
         yield Found(
@@ -102,9 +103,8 @@ def round_trips(case: Case) -> Iterator[Found]:
         return
     yield Found(
         "pass",
-        f"all of {len(texts)} of the rows' texts, and {whole} of {len(PROBES)} probes in many scripts, come "
-        "back as they "
-        "were, and are the same ids to all",
+        f"all of {len(texts)} of the rows' texts, and {whole} of {len(PROBES)} probes in many scripts, come back as "
+        "they were, and are the same ids to all",
         numbers,
     )
 
@@ -289,9 +289,8 @@ CHECKS = (
         "tokens.widths",
         widths,
         "warns when the tokenizer knows ids that a model has no embedding for",
-        "embeddings are padded to round sizes; what lies beyond the tokenizer's ids means nothing and is cut, "
-        "what lies "
-        "beyond the embedding cannot be read",
+        "embeddings are padded to round sizes; what lies beyond the tokenizer's ids means nothing and is cut, what "
+        "lies beyond the embedding cannot be read",
         "resize the embeddings, or use the tokenizer that belongs to the model",
         fast=True,
     ),
@@ -306,9 +305,8 @@ CHECKS = (
     Check(
         "tokens.ends",
         ends,
-        "fails when roles end texts with different tokens; warns when a tokenizer ends texts with another "
-        "token than its "
-        "generation_config, or the teacher never ends a text with one of sampling.stop_token_ids",
+        "fails when roles end texts with different tokens; warns when a tokenizer ends texts with another token than "
+        "its generation_config, or the teacher never ends a text with one of sampling.stop_token_ids",
         "a student is rewarded for its end token only where the teacher ends texts so: else answers grow without end",
         "sampling.stop_token_ids = [...], the teacher's end tokens",
         fast=True,
