@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from understudy.lm_head import LMHead, divergence_from_hidden, logprob_loss, selected_logprobs
-from understudy.report.charts import Series, line_chart
+from understudy.report.charts import Series, line_chart, picture
 
 RESULTS = Path(__file__).parent / "results" / "lm_head"
 # Qwen3's vocabulary; 8 sequences of 512 tokens; hidden sizes of a small student and a larger teacher.
@@ -333,7 +333,7 @@ def write(record: dict[str, Any]) -> None:
     RESULTS.with_suffix(".md").write_text(markdown(record))
     # Charts are made to stand in a page; a file of its own needs the namespace, and a font.
     alone = '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" '
-    RESULTS.with_suffix(".svg").write_text(chart(record["scaling"]).replace("<svg ", alone, 1) + "\n")
+    RESULTS.with_suffix(".svg").write_text(picture(chart(record["scaling"])).replace("<svg ", alone, 1) + "\n")
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from understudy.experiments.runner import Results, config_hash
 from understudy.experiments.search import Search
 from understudy.experiments.worlds import SCALES, ScaleName
 from understudy.report import page
-from understudy.report.charts import line_chart
+from understudy.report.charts import line_chart, picture
 from understudy.report.tokens import token_legend
 
 SCHEMA_VERSION = 1
@@ -252,7 +252,7 @@ def _svg(chart: Chart) -> str:
 def _standalone(svg: str) -> str:
     """An inline chart as a file of its own, on white: a viewer's dark background would hide its labels."""
     head = '<svg xmlns="http://www.w3.org/2000/svg" width="690" style="background:#fff;font-family:sans-serif" '
-    return svg.replace("<svg ", head, 1) + "\n"
+    return picture(svg).replace("<svg ", head, 1) + "\n"
 
 
 def _fill(path: Path, heading: str, text: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -144,6 +145,11 @@ def line_chart(
         f'aria-label="{escape(summary)}" data-chart="{escape(json.dumps(readings, ensure_ascii=False))}">'
         f"{''.join(parts)}</svg>"
     )
+
+
+def picture(svg: str) -> str:
+    """The chart alone, without what a page's script reads out: for a file of its own."""
+    return re.sub(r' data-chart="[^"]*"', "", svg)
 
 
 def _finite(series: Series) -> list[_Point]:
