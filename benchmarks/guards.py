@@ -55,7 +55,7 @@ CODE = ("flipped-sign", "k1-loss")
 # Steps of a run: the guards of the configuration's faults speak at once, those of the code's when harm begins.
 STEPS = {"healthy": 40, "healthy, full": 24, "foreign-prefix": 24, "flipped-sign": 16, "k1-loss": 20}
 FEW_STEPS = 8
-KEPT = (*TRACKED, "reverse_kl/max", "ratio/abs_log_mean", "ratio/outside_share")
+KEPT = (*TRACKED, "teacher/temperature_ratio", "reverse_kl/max", "ratio/abs_log_mean", "ratio/outside_share")
 # A fall in accuracy that no fault of the configuration may reach unseen.
 ALLOWED = 0.02
 

@@ -10,6 +10,7 @@ from typing import Any
 import tomli_w
 
 from understudy.report import Arm, RolloutPair, write_comparison, write_run_report
+from understudy.report.credit_page import CreditUnit, write_credit_page
 from understudy.report.pipeline_report import write_pipeline_report
 from understudy.report.run_comparison import write_run_comparison
 
@@ -97,6 +98,12 @@ def run_page(folder: Path) -> Path:
         for step in range(3)
     ]
     lines(folder / "metrics.jsonl", rows)
+    places = [{"prompt_index": text, "file": text, "index": text} for text in TEXTS]
+    alarms = [
+        {"step": step, "guard": text, "action": text, "words": text, "causes": text, "rollouts": places}
+        for step, text in enumerate(TEXTS)
+    ]
+    lines(folder / "guards.jsonl", alarms)
     writable = [text for text in TEXTS if text.isprintable() or "\n" in text]
     config: dict[str, Any] = {"seed": 0, "student": {"model": TEXTS[0]}, "teacher": {"model": TEXTS[1]}}
     config["prompts"] = {text: text for text in writable}
@@ -172,10 +179,26 @@ def pipeline_page(folder: Path) -> Path:
     return write_pipeline_report(folder)
 
 
+def credit_page(folder: Path) -> Path:
+    """Token credit of one rollout, and of a pair."""
+    folder.mkdir(parents=True, exist_ok=True)
+    notes = dict(enumerate(TEXTS))
+    both = {"student_topk": rollout(0, 0)["teacher_topk"], "finish_reason": TEXTS[4]}
+    alone = CreditUnit((rollout(0, 0) | both,))
+    pair = CreditUnit((rollout(0, 1) | both, rollout(2, 1) | both), (TEXTS[0], TEXTS[14]), (notes, notes))
+    return write_credit_page([alone, pair], folder / "credit.html", title=TEXTS[14] + TEXTS[0], facts=TEXTS)
+
+
 def runs_page(folder: Path) -> Path:
     """Two runs of these texts side by side."""
     runs = [run_page(folder / name).parent for name in ("javascript:", "b")]
     return write_run_comparison(runs, folder / "runs.html")
 
 
-PAGES = {"run": run_page, "runs": runs_page, "comparison": comparison_page, "pipeline": pipeline_page}
+PAGES = {
+    "run": run_page,
+    "runs": runs_page,
+    "comparison": comparison_page,
+    "pipeline": pipeline_page,
+    "credit": credit_page,
+}

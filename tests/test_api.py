@@ -87,6 +87,7 @@ def config(tmp_path: Path) -> dict[str, Any]:
 def test_every_part_can_be_brought_along(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """No weights are read; advantages are teacher minus sampler; the checkpoint is the trainer's own."""
     monkeypatch.setattr("understudy.assembly.load_student", lambda *a, **k: pytest.fail("weights were read"))
+    Path(config["student"]["model"], "model.safetensors").unlink()  # a tokenizer and sizes are enough
     sampler, trainer = Scribe(), Notebook()
     parts: Any = {"sampler": sampler, "teachers": {"default": Critic()}, "trainer": trainer}
     result = understudy.distill(RunConfig.model_validate(config), **parts, quiet=True)

@@ -23,6 +23,7 @@ from understudy.checkpoints import (
     write_atomic,
     write_json,
     write_jsonl,
+    write_sums,
 )
 from understudy.errors import ConfigError, RunError
 
@@ -49,6 +50,18 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert {path.name for path in newest.iterdir()} == {"weights", "words", "trainer_state.pt", "SHA256SUMS"}
     assert load_state(newest) == {"step": 1_000_005, "trainer": {"name": "weights"}, "costs": 1_000_005}
     assert {path.name for path in tmp_path.iterdir()} == {"step_1000000", "step_1000005"}
+
+
+def test_old_ones_that_cannot_be_removed_are_an_error_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> None:
+        raise PermissionError(f"not permitted: {path}")
+
+    trainer: Any = Named("weights")
+    save_checkpoint(tmp_path, 1, trainer, Named("words"), {}, keep=1)
+    monkeypatch.setattr("shutil.rmtree", refused)
+    with pytest.raises(RunError, match=r"not permitted: .*step_000001\.partial"):
+        save_checkpoint(tmp_path, 2, trainer, Named("words"), {}, keep=1)
+    assert newest_state(tmp_path)[0] == 2
 
 
 def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
@@ -104,6 +117,8 @@ def test_sums_are_what_sha256sum_checks(saved: Path) -> None:
         f"{s}  {n}\n" for s, n in zip(sums, names, strict=True)
     )
     subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=newest(saved), check=True)
+    assert damage(newest(saved)) is None
+    write_sums(newest(saved))  # again: the list is none of its own files
     assert damage(newest(saved)) is None
 
 

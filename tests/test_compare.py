@@ -156,6 +156,8 @@ def test_two_evaluations_from_the_command_line(
     [
         (("a", "nowhere"), ["run nowhere", "no such folder", "understudy eval"]),
         (("a", "empty"), ["run empty", "a folder without"]),
+        (("a", "cut"), ["outcomes cut", "got: ", "as `understudy eval` writes them"]),
+        (("a", "odd"), ["outcomes odd", "got: ", "rewards.0"]),
         (("a", "a", "--output", "empty"), ["--output empty", "a folder"]),
         (("a", "a", "--output", "nowhere/comparison.json"), ["--output nowhere", "does not exist"]),
         (("a",), ["B"]),
@@ -171,6 +173,9 @@ def test_bad_arguments(
     monkeypatch.chdir(tmp_path)
     stored(tmp_path / "a", outcomes_of([[1.0], [0.0]]))
     (tmp_path / "empty").mkdir()
+    for name, old, new in (("cut", b"}\n", b""), ("odd", b'"rewards": [0.0]', b'"rewards": ["none"]')):
+        [path] = (stored(tmp_path / name, outcomes_of([[1.0], [0.0]])) / "evaluation").iterdir()
+        path.write_bytes(path.read_bytes().replace(old, new))
     assert run_cli(monkeypatch, "compare", *arguments) == 2
     text = capsys.readouterr().err
     for fragment in fragments:

@@ -1,6 +1,7 @@
 """FLOPs, tokens and seconds, with numbers worked out by hand."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from understudy.costs import (
     forward_flops,
     training_flops,
 )
+from understudy.errors import ConfigError
 from understudy.objectives import CrossEntropy
 from understudy.teacher_scores import score_reference, score_rollouts
 from understudy.types import TokenSequence, TrainingExample
@@ -58,6 +60,26 @@ def test_files_without_an_exact_count_continue_with_the_convention() -> None:
     costs = CostLedger.from_json({"roles": {"student_training": {"tokens": 3, "flops": 60.0, "seconds": 1.0}}})
     costs.add("student_training", tokens=1, flops=20.0, seconds=1.0, exact_flops=15.0)
     assert costs.roles["student_training"] == {"tokens": 4, "flops": 80.0, "exact_flops": 75.0, "seconds": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        (b"{", "Expecting property name"),
+        (b"\xff", "can't decode byte 0xff"),
+        (b"[]", "should be a valid dictionary"),
+        (b'{"roles": {"evaluation": {"tokens": 1, "seconds": 1.0}}}', "roles.evaluation.flops: Field required"),
+        (b'{"roles": {"evaluation": {"tokens": 1, "flops": "many", "seconds": 1.0}}}', "roles.evaluation.flops"),
+        (b'{"roles": {"evaluation": {"tokens": 1, "flops": NaN, "seconds": 1.0}}}', "NaN, which is no JSON"),
+    ],
+)
+def test_what_is_no_ledger_is_refused(content: bytes, got: str, tmp_path: Path) -> None:
+    path = tmp_path / "costs.json"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as refused:
+        CostLedger.read(path)
+    assert refused.value.where == str(path)
+    assert got in refused.value.got
 
 
 def test_the_exact_count_is_beside_the_convention() -> None:

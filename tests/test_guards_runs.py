@@ -31,7 +31,15 @@ ANY_RATIO = {"abs_log_mean": 1e-12}
 OTHERS_OFF = {
     name: {"action": "off"}
     for name in ("reverse_kl", "entropy", "length", "truncated", "repetition", "ratio", "gradient", "agreement")
-} | {name: {"action": "off"} for name in ("sharpness", "direction")}
+} | {name: {"action": "off"} for name in ("temperature", "direction")}
+
+
+@pytest.fixture(autouse=True)
+def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five gradients are enough to judge the next one by; and random models, near to each other as they are, have
+    nothing to learn that would excuse an entropy."""
+    monkeypatch.setattr("understudy.guards.LEAST_WINDOW", 5)
+    monkeypatch.setattr("understudy.guards._nearer", lambda past, row: False)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +63,7 @@ def config(models: Path, out: Path, *, steps: int = 6, guards: Mapping[str, Any]
         "guards": OTHERS_OFF | dict(guards),
     }
     for name, section in sections.items():
-        base[name] = {**base.get(name, {}), **section}
+        base[name] = {**base.get(name, {}), **section} if isinstance(section, Mapping) else section
     return RunConfig.model_validate(tree(models / "student", models / "teacher", models / "rows.jsonl", out) | base)
 
 
@@ -190,16 +198,16 @@ def test_too_many_skips_stop_the_run(models: Path, tmp_path: Path) -> None:
 def test_skips_and_episodes_survive_an_interruption_exactly(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Norms above the median of those before are skipped: what is judged in step 9 hangs on all steps before it."""
-    guards = {"gradient": {"action": "skip", "factor": 1.02}, "entropy": ANY_ENTROPY}
+    """Norms above all of those before are skipped: what is judged in step 9 hangs on all steps before it."""
+    guards = {"gradient": {"action": "skip", "factor": 1.0001}, "entropy": ANY_ENTROPY}
     slow = {"learning_rate": 1e-4, "num_steps": 12}  # norms go up and down by chance
-    whole = config(models, tmp_path / "whole", guards=guards, optim=slow)
+    whole = config(models, tmp_path / "whole", guards=guards, optim=slow, seed=7)
     understudy.distill(whole, quiet=True)
     skipped = [row["step"] for row in metrics(tmp_path / "whole") if "update/skipped" in row]
     assert skipped
     assert min(skipped) > 5
-    cut = config(models, tmp_path / "cut", guards=guards, optim=slow)
-    interrupt_in(monkeypatch, "understudy.loop.optimizer_step", at_call=8)
+    cut = config(models, tmp_path / "cut", guards=guards, optim=slow, seed=7)
+    interrupt_in(monkeypatch, "understudy.updates.optimizer_step", at_call=8)
     assert understudy.distill(cut, quiet=True).interrupted_at == 8
     monkeypatch.undo()
     understudy.distill(cut, resume=True, quiet=True)
@@ -336,29 +344,79 @@ def test_fine_tuning_is_watched_too(models: Path, tmp_path: Path) -> None:
 
 
 class Wrong(LocalTrainer):
-    """Every advantage times ``sign``; with 0, all are -1: the gradient of log p - log q as a loss."""
+    """Every advantage times ``sign``."""
 
     def __init__(self, config: RunConfig, sign: int) -> None:
         super().__init__(load_student(config.student), config.optim)
         self.sign = sign
 
     def forward_backward(self, batch: Any, objective: Any) -> Any:
-        turned = self.sign * batch.advantages if self.sign else -torch.ones_like(batch.advantages)
-        return super().forward_backward(replace(batch, advantages=turned), objective)
+        return super().forward_backward(replace(batch, advantages=self.sign * batch.advantages), objective)
 
 
-def test_a_wrong_sign_or_loss_shows_in_the_first_updates(models: Path, tmp_path: Path) -> None:
+def test_a_wrong_sign_shows_in_the_first_update(models: Path, tmp_path: Path) -> None:
     guards = {"direction": {"action": "warn"}}
-    many = {"groups_per_batch": 12, "group_size": 4}
-    right, sign, loss = (
-        config(models, tmp_path / name, steps=4, guards=guards, sampling=many) for name in ("right", "sign", "loss")
-    )
+    right, sign = (config(models, tmp_path / name, steps=4, guards=guards) for name in ("right", "sign"))
     understudy.distill(right, trainer=Wrong(right, 1), quiet=True)
     assert alarms(tmp_path / "right") == []
-    assert all(row["update/alignment"] > 0.1 for row in metrics(tmp_path / "right")[:3])
-    assert "update/alignment" not in metrics(tmp_path / "right")[3]
+    found = [row.get("update/alignment") for row in metrics(tmp_path / "right")]
+    assert found[0] > 0.1
+    assert found[1:] == [None, None, None]
     understudy.distill(sign, trainer=Wrong(sign, -1), quiet=True)
     assert [(alarm["step"], alarm["guard"]) for alarm in alarms(tmp_path / "sign")] == [(1, "direction")]
-    understudy.distill(loss, trainer=Wrong(loss, 0), quiet=True)
-    assert [alarm["guard"] for alarm in alarms(tmp_path / "loss")] == ["direction"]
-    assert alarms(tmp_path / "loss")[0]["step"] in (2, 3)
+
+
+@pytest.mark.parametrize("sections", [{"objective": {"estimator": "full"}}, {"guards": {}}], ids=["full", "off"])
+def test_other_losses_follow_no_advantages(sections: Any, models: Path, tmp_path: Path) -> None:
+    guards = {"direction": {"action": "warn"}}
+    understudy.distill(config(models, tmp_path / "run", steps=1, **{"guards": guards, **sections}), quiet=True)
+    assert "update/alignment" not in metrics(tmp_path / "run")[0]
+
+
+class At:
+    """A teacher that marks at another temperature, and does not say so."""
+
+    kinds = frozenset({"sampled"})
+
+    def __init__(self, folder: Path, temperature: float) -> None:
+        self._teacher = LocalTeacher(load_student(StudentConfig(model=str(folder))), temperature=temperature)
+
+    def compute_logprobs(self, sequences: Any) -> Any:
+        return self._teacher.compute_logprobs(sequences)
+
+    def score(self, sequences: Any, kind: Any, *, topk: int = 0) -> Any:
+        return self._teacher.score(sequences, kind, topk=topk)
+
+
+@pytest.mark.parametrize(("temperature", "ratio"), [(1.0, 1.0), (2.0, 2.0), (0.5, 0.5)])
+def test_marks_at_another_temperature(temperature: float, ratio: float, models: Path, tmp_path: Path) -> None:
+    wanted = config(models, tmp_path / "run", steps=2, guards={"temperature": {"action": "warn"}})
+    understudy.distill(wanted, teachers={"default": At(models / "teacher", temperature)}, quiet=True)
+    first, second = metrics(tmp_path / "run")
+    assert first["teacher/temperature_ratio"] == ratio
+    assert "teacher/temperature_ratio" not in second
+    said = [(alarm["step"], alarm["guard"]) for alarm in alarms(tmp_path / "run")]
+    assert said == ([] if ratio == 1 else [(1, "temperature")])
+
+
+def test_temperatures_that_cannot_be_known(models: Path, tmp_path: Path) -> None:
+    """Another model than the named one, at any temperature; and a teacher of this process, which has the run's."""
+    guards = {"temperature": {"action": "warn"}}
+    other, own = (config(models, tmp_path / name, steps=1, guards=guards) for name in ("other", "own"))
+    understudy.distill(other, teachers={"default": At(models / "student", 1.0)}, quiet=True)
+    understudy.distill(own, quiet=True)
+    for name in ("other", "own"):
+        assert "teacher/temperature_ratio" not in metrics(tmp_path / name)[0]
+
+
+def test_named_weights_that_cannot_be_read_end_no_run(
+    models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_model(tmp_path / "broken", word_tokenizer(), seed=1)
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"no weights")
+    guards = {"temperature": {"action": "stop"}}
+    run = config(models, tmp_path / "run", steps=1, guards=guards, teacher={"model": str(tmp_path / "broken")})
+    with caplog.at_level(logging.INFO, logger="understudy"):
+        understudy.distill(run, teachers={"default": At(models / "teacher", 1.0)}, quiet=True)
+    assert "teacher/temperature_ratio" not in metrics(tmp_path / "run")[0]
+    assert any("guard temperature: teacher default is not looked at" in line for line in caplog.messages)

@@ -1,6 +1,7 @@
 """The local backend's roles. Their gradients and scores are judged in tests/parity."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,20 @@ def test_saved_state_continues_exactly(tmp_path: Path) -> None:
     step(resumed)
     for mine, theirs in zip(loaded.parameters(), whole.model.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("spoil", [lambda own: own.pop("exp_avg"), lambda own: own.update(exp_avg=torch.zeros(3))])
+def test_a_state_of_other_weights_is_refused(spoil: Callable[[dict[str, Any]], object]) -> None:
+    trainer = trainer_of(tiny_model(seed=5, dtype=torch.float32))
+    for batch in micro_batches(examples(), micro_batch_tokens=99):
+        trainer.forward_backward(batch, CrossEntropy())
+    trainer.optimizer_step(learning_rate=1e-2, divisor=4)
+    state = trainer.state_dict()
+    shape = tuple(state["optimizer"]["state"][1]["exp_avg"].shape)
+    spoil(state["optimizer"]["state"][1])
+    with pytest.raises(ValueError, match=re.escape("optimizer state 1 of shapes {'step': ()")) as refused:
+        trainer_of(tiny_model(seed=5, dtype=torch.float32)).load_state_dict(state)
+    assert str(refused.value).endswith(f"; the weights have {shape}")
 
 
 def test_dropout_is_off_in_every_role() -> None:

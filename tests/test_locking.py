@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 
 from understudy import locking
-from understudy.locking import LOCK_FILE, lock_folder
+from understudy.locking import LOCK_FILE, is_held, lock_folder
 
 
 def test_one_at_a_time(tmp_path: Path) -> None:
@@ -47,3 +52,34 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):
         lock_folder(tmp_path / "file" / "run")
+
+
+def test_a_lock_tells_whether_somebody_is_at_work(tmp_path: Path) -> None:
+    assert not is_held(tmp_path)
+    with lock_folder(tmp_path):
+        assert is_held(tmp_path)
+    assert (tmp_path / LOCK_FILE).exists()
+    assert not is_held(tmp_path)
+    # A process that is killed lets go too.
+    hold = "import sys, time; from pathlib import Path; from understudy.locking import lock_folder; "
+    hold += "lock = lock_folder(Path(sys.argv[1])); print(flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    assert is_held(tmp_path)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert not is_held(tmp_path)
+
+
+def test_whoever_only_looks_keeps_nobody_out(tmp_path: Path) -> None:
+    (tmp_path / LOCK_FILE).touch()
+    looking = (tmp_path / LOCK_FILE).open("rb")
+    fcntl.flock(looking, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    gone = threading.Timer(0.03, looking.close)
+    gone.start()
+    start = time.monotonic()
+    lock_folder(tmp_path).close()
+    assert time.monotonic() - start >= 0.02
+    gone.join()

@@ -1,17 +1,17 @@
 """A step's numbers, worked out by hand, and the file they go to."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from tiny import prompt_of, rollout_of
 from understudy.config_objective import ObjectiveConfig
 from understudy.divergences import KINDS, Divergence
+from understudy.errors import ConfigError
 from understudy.lm_head import LMHead
 from understudy.losses import cispo_loss, importance_sampling_loss, ppo_loss
 from understudy.metrics import (
@@ -23,7 +23,7 @@ from understudy.metrics import (
     update_metrics,
 )
 from understudy.objectives import CrossEntropy, FullDivergence, Objective, PolicyGradient, TopkDivergence
-from understudy.types import Batch, SampledScores, ScoredRollout
+from understudy.types import Batch, SampledScores, ScoredRollout, TrainingExample
 
 
 def scored(
@@ -52,11 +52,10 @@ def test_rollout_metrics_by_hand() -> None:
             "reverse_kl/mean": 0.25,  # 1.25 nats over 5 tokens, not the mean of 0.875 and -1/6
             "reverse_kl/max": 2.0,
             "reward/mean": 0.5,
-            # No mark is below log 0.001; one token is likely, e^-0.5, and e^-0.25 to the teacher.
+            # No mark is below log 0.001.
             "teacher/rejected_share": 0.0,
             "teacher/rejected_first_share": 0.0,
             "teacher/rejected_end_share": 0.0,
-            "teacher/sharpness": math.log(1 / math.expm1(0.25)) / math.log(1 / math.expm1(0.5)),
         }
     )
 
@@ -113,38 +112,30 @@ def test_where_the_teacher_finds_tokens_impossible() -> None:
     assert agreement_metrics([scored([5, 0], [-1.0, -1.0], None)]) == {}
 
 
-def test_sharpness_is_a_ratio_of_medians_of_log_odds() -> None:
-    """Log-odds of 0.6, 0.8 and 0.9 are 0.41, 1.39 and 2.20; the unlikely 0.4 does not count."""
-    student = [math.log(p) for p in (0.6, 0.8, 0.9, 0.4)]
-    at_two = [math.log(p) for p in (0.5, 1 / (1 + math.exp(-math.log(4) / 2)), 0.75, 0.01)]
-    assert agreement_metrics([scored([5] * 4, student, at_two)])["teacher/sharpness"] == pytest.approx(0.5)
-    assert agreement_metrics([scored([5] * 4, student, student)])["teacher/sharpness"] == 1.0
-    # What rounds to 1 counts as 1 - 1e-8.
-    sure = agreement_metrics([scored([5], [math.log(0.8)], [0.0])])["teacher/sharpness"]
-    assert sure == pytest.approx(math.log(1e8) / math.log(4))
+def test_the_alignment_of_an_update_with_its_advantages() -> None:
+    own = TrainingExample(
+        [1],
+        [5, 6, 7],
+        [True, True, False],
+        sampler_logprobs=[-1.0, -2.0, -3.0],
+        advantages=[3.0, 1.0, 99.0],
+        weights=[1.0, 4.0, 1.0],
+    )
+    start = [-1.0, -2.0, -3.0]
 
+    def found(moves: Sequence[float], before: Sequence[float] = start) -> float | None:
+        return alignment([own], [before], [[a + b for a, b in zip(before, moves, strict=True)]])
 
-def test_the_alignment_of_an_update_with_the_marks() -> None:
-    """Log p and log q are independent; every move is a part of log q, and a part that log p explains."""
-    generator = np.random.default_rng(0)
-    p, q = generator.uniform(-3, -0.1, 400), generator.uniform(-3, -0.1, 400)
-    rows = [scored([5] * 400, p.tolist(), q.tolist()), scored([5], [-2.0], None)]
-
-    def found(moves: Any, noise: float = 0.0) -> float | None:
-        start = p + noise * np.resize([1.0, -1.0], 400)
-        return alignment(rows, [start.tolist(), [-2.0]], [(start + moves).tolist(), [-9.0]])
-
-    down = -0.1 * (1 - np.exp(p))  # what a loss does that lowers all it sees
-    assert found(0.01 * q) == pytest.approx(1.0)
-    assert found(-0.01 * q) == pytest.approx(-1.0)
-    assert found(0.01 * q + down) == pytest.approx(1.0)
-    assert abs(found(down + 1e-6 * generator.normal(size=400)) or 1) < 0.15  # nothing but noise is left
-    assert found(0.0 * q) is None
-    # Moves of 0.01 * 1.77 (root mean square), trainer and sampler 0.005 or 0.007 apart: a third of them is 0.0059.
-    assert found(0.01 * q, noise=0.005) is not None
-    assert found(0.01 * q, noise=0.007) is None
-    assert alignment([scored([5] * 99, [-1.0] * 99, [-2.0] * 99)], [[-1.0] * 99], [[-1.1] * 99]) is None
-    assert alignment(rows[1:], [[-2.0]], [[-9.0]]) is None
+    # What is wished for is (3, 4); the last token does not train.
+    assert found([0.03, 0.04, -9.0]) == pytest.approx(1.0)
+    assert found([-0.3, -0.4, 9.0]) == pytest.approx(-1.0)
+    assert found([0.04, -0.03, 0.0]) == pytest.approx(0.0)
+    assert found([0.05, 0.0, 0.0]) == pytest.approx(0.6)
+    assert found([0.0, 0.0, 1.0]) is None
+    # Trainer and sampler 0.01 apart: moves of less than three times that are rounding.
+    assert found([0.031, 0.0, 0.0], before=[-1.01, -2.0, -3.0]) == pytest.approx(0.6)
+    assert found([0.029, 0.0, 0.0], before=[-1.01, -2.0, -3.0]) is None
+    assert alignment([TrainingExample([1], [5], [True])], [[-1.0]], [[-0.9]]) is None
 
 
 def test_an_update_that_was_not_made_has_no_means_where_a_number_was_not_finite() -> None:
@@ -301,6 +292,34 @@ def test_the_log_survives_a_crash_and_forgets_later_steps(tmp_path: Path) -> Non
     log.truncate_after(2)
     log.append({"step": 3, "loss": 0.0})
     assert read_metrics(log.path) == [{"step": 1, "loss": 0.125}, {"step": 2, "loss": 0.25}, {"step": 3, "loss": 0.0}]
+
+
+@pytest.mark.parametrize(
+    ("line", "got"),
+    [
+        (b'{"step": 2, "loss"', "Expecting ':' delimiter"),
+        (b"\xff\xfe", "can't decode byte 0xff"),
+        (b"[2]", "[2]"),
+        (b'{"loss": 0.5}', "{'loss': 0.5}"),
+        (b'{"step": 2, "loss": "low"}', "loss = 'low'"),
+        (b'{"step": 2, "loss": 1e999}', "1e999, which is too large"),
+    ],
+)
+def test_a_damaged_line_is_named(line: bytes, got: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 0.125}\n' + line + b'\n{"step": 3}\n')
+    with pytest.raises(ConfigError) as refused:
+        read_metrics(path)
+    assert refused.value.where == f"{path}:2"
+    assert got in refused.value.got
+
+
+def test_alarms_hold_more_than_numbers(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "guards.jsonl")
+    for step in (1, 2):
+        log.append({"step": step, "guard": "entropy"})
+    log.truncate_after(1)
+    assert log.path.read_text() == '{"step": 1, "guard": "entropy"}\n'
 
 
 def test_numbers_that_json_lacks_are_refused(tmp_path: Path) -> None:

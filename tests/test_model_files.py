@@ -197,6 +197,31 @@ def test_code_runs_where_the_configuration_says_so(with_code: Path, tmp_path: Pa
     assert meta_shape(str(with_code), role="teacher", trust_remote_code=True) == meta_shape(str(plain), role="teacher")
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("asked", ["text", "prompt"])
+def test_score_runs_the_code_of_roles_that_are_trusted(
+    asked: str, with_code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = save_model(tmp_path / "plain", word_tokenizer())
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "w1", "completion": "w2"}])
+    page = tmp_path / "page.html"
+    source = ["--text", rows] if asked == "text" else ["--prompt", "w1", "--samples", 1, "--max-completion-tokens", 2]
+    base = ["score", *source, "--output", page]
+    for role, models in (
+        ("student", ["--student", with_code, "--teacher", plain]),
+        ("teacher", ["--student", plain, "--teacher", with_code]),
+    ):
+        other = {"student": "teacher", "teacher": "student"}[role]
+        for trusted in ([], ["--trust-remote-code", other]):
+            assert run_cli(monkeypatch, *base, *models, *trusted) == 2
+            assert f"score --trust-remote-code {role}" in " ".join(capsys.readouterr().err.split())
+        assert not (tmp_path / "mark").exists()
+        assert not page.exists()
+    assert run_cli(monkeypatch, *base, *models, "--trust-remote-code", "teacher") == 0
+    assert (tmp_path / "mark").exists()
+    assert page.exists()
+
+
 def test_nobody_is_trusted_by_default() -> None:
     config = RunConfig.model_validate(
         {

@@ -581,6 +581,10 @@ def test_progress_and_the_page_made_anew(
     Path("run/report.html").unlink()
     assert run_cli(monkeypatch, "report", "run") == 0
     assert Path("run/report.html").read_bytes() == (whole / "report.html").read_bytes()
+    Path("run/pipeline.json").write_bytes(b'{"phases": \xff')
+    assert run_cli(monkeypatch, "report", "run") == 2
+    assert "what `understudy pipeline` wrote there" in capsys.readouterr().err
+    shutil.copy(whole / "pipeline.json", "run")
     state = json.loads(Path("run/pipeline.json").read_text())
     state["phases"].pop()
     Path("run/pipeline.json").write_text(json.dumps(state))

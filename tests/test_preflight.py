@@ -306,6 +306,7 @@ def test_adapters_without_peft_are_refused_before_any_model_is_read(
         (tmp_path / "adapter").mkdir()
         adapter = {"base_model_name_or_path": config[role]["model"]}
         (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
+        (tmp_path / "adapter" / "adapter_model.safetensors").touch()
         config[role]["model"] = str(tmp_path / "adapter")
     check_run(RunConfig.model_validate(config), "distill")
     find = importlib.util.find_spec
@@ -435,3 +436,14 @@ def test_columns_that_rollouts_cannot_be_kept_with(
     assert "rollouts.per_step = 0" in refused.value.remedy
     config["rollouts"]["per_step"] = 0
     assert len(check_run(RunConfig.model_validate(config), "distill").prompts) == 2
+
+
+def test_a_tracker_without_its_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sections = {"output_dir": str(tmp_path), "student": {"model": "m"}, "tracking": {"trackers": ["wandb", "mlflow"]}}
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "wandb.py").touch()
+    own = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mlflow" else own(name))
+    with pytest.raises(ConfigError) as error:
+        preflight.check_machine(RunConfig.model_validate(sections), "sft")
+    assert (error.value.where, error.value.remedy) == ("tracking.trackers: mlflow", 'pip install "understudy[mlflow]"')

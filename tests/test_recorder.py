@@ -13,6 +13,7 @@ from understudy.recorder import Recorder
 from understudy.rollout_store import read_rollouts
 from understudy.runs import RunFolder
 from understudy.stopping import StopRequest
+from understudy.trackers import Trackers
 from understudy.types import ScoredRollout, TrainingExample
 
 
@@ -41,7 +42,7 @@ def keep(folder: Path, answers: int) -> Path:
     examples = [TrainingExample([1], [2, 0], [True, True], advantages=[float(i)] * 2) for i in range(3)]
     with RunFolder(config, method="rl") as run:
         parts: Any = {"trainer": Trainer(answers), "teachers": {}, "student": Text(), "evaluate": dict}
-        recorder = Recorder(run, config, **parts, stop=StopRequest(), quiet=True)
+        recorder = Recorder(run, config, **parts, stop=StopRequest(), trackers=Trackers(config, run.path), quiet=True)
         recorder.keep_rollouts(0, scored, examples)
     return folder / "rollouts" / "step_000000.jsonl"
 

@@ -25,10 +25,11 @@ from understudy.report import formatting as fmt
 from understudy.report.chart_shapes import NORMAL
 from understudy.report.charts import MAX_POINTS
 from understudy.report.curves import carried_costs
-from understudy.report.page import choose_scale, grid
+from understudy.report.page import choose_scale, grid, points, series
 from understudy.report.run_data import flatten, merge_by_step, read_jsonl
 from understudy.report.scales import log_x_axis, nice_ticks
-from understudy.report.tokens import LEVELS, colour_level, reverse_kl, separators, visible_text
+from understudy.report.token_text import align
+from understudy.report.tokens import LEVELS, colour_level, reverse_kl, visible_text
 from understudy.report.worst_tokens import worst_tokens
 
 
@@ -170,16 +171,16 @@ def test_invisible_tokens_are_made_visible() -> None:
 
 
 def test_tokens_without_spaces_read_as_separate_words() -> None:
-    assert separators(["a", "op17", "<end>"], "a op17") == ["", " ", " "]
-    assert separators(["un", "believ", "able", "cat"], "unbelievable cat") == ["", "", "", " "]
-    assert separators(["a", "b"], "") == ["", " "]
+    assert align(["a", "op17", "<end>"], "a op17").gaps == ["", " ", " "]
+    assert align(["un", "believ", "able", "cat"], "unbelievable cat").gaps == ["", "", "", " "]
+    assert align(["a", "b"], "").gaps == ["", " "]
     spans = token_spans(make_rollout(["a", "op17"]), scale=1.0)
     assert re.sub(r"<[^>]*>", "", spans) == "a op17"
 
 
 def test_tokens_with_their_own_spaces_are_only_joined() -> None:
     tokens = ["The", " cat", "\n", "\ufffd", " sat"]
-    assert separators(tokens, "The cat\n🙂 sat") == [""] * 5
+    assert align(tokens, "The cat\n🙂 sat").gaps == [""] * 5
 
 
 def test_one_tab_stop_per_rollout() -> None:
@@ -212,14 +213,14 @@ def test_scale_ignores_outliers() -> None:
 
 
 def test_worst_tokens_are_ranked_with_context() -> None:
-    topk = {"ids": [[1]] * 4, "tokens": [["best"]] * 4, "logprobs": [[math.log(0.5)]] * 4}
+    topk = {"ids": [[1]] * 4, "tokens": [[" best"]] * 4, "logprobs": [[math.log(0.5)]] * 4}
     rows = worst_tokens([make_rollout(["a", "b", "c", "d"], teacher_topk=topk)], count=2)
     assert [row["token"] for row in rows] == ["d", "c"]
     assert rows[1]["before"] == "a b "
     assert rows[1]["after"] == " d"
     assert rows[1]["reverse_kl"] == "1.00"
     assert (rows[1]["student"], rows[1]["teacher"]) == ("100.0 %", "36.8 %")
-    assert rows[1]["choice"] == "best (50.0 %)"
+    assert rows[1]["choice"] == "␣best (50.0 %)"
 
 
 # --- charts and numbers
@@ -261,7 +262,12 @@ def test_chart_counts_values_that_are_not_finite() -> None:
     assert "no values" in line_chart([], title="t", x_label="x", y_label="y")
 
 
-@pytest.mark.parametrize("points", [[(3.0, 0.0)], [(0.0, 5.0), (1.0, 5.0)], [(0.0, -2.0), (1.0, -1.0)], [(0.0, 0.0)]])
+ROUNDING = [(1e40, 0.3), (1e40 + 1e24, 0.1 + 0.2)]  # nothing else lies between them
+
+
+@pytest.mark.parametrize(
+    "points", [[(3.0, 0.0)], [(0.0, 5.0), (1.0, 5.0)], [(0.0, -2.0), (1.0, -1.0)], [(0.0, 0.0)], ROUNDING]
+)
 @pytest.mark.parametrize("log_x", [False, True])
 def test_chart_survives_degenerate_ranges(points: list[tuple[float, float]], log_x: bool) -> None:
     svg = line_chart([Series("a", points)], title="t", x_label="x", y_label="y", log_x=log_x)
@@ -286,6 +292,12 @@ def test_log_axis_gives_zero_its_own_place() -> None:
 def test_ticks_cover_the_data() -> None:
     assert nice_ticks(0.0, 0.93) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert nice_ticks(-1.0, 1.0, 4) == [-1.0, -0.5, 0.0, 0.5, 1.0]
+
+
+def test_magnitudes_that_no_axis_has() -> None:
+    rows = [{"step": step, "loss": value} for step, value in enumerate((5e-324, 1e308, -1e308, 10**200, 0.5))]
+    assert points(rows, "loss") == [(0.0, 0.0), (1.0, math.inf), (2.0, -math.inf), (3.0, math.inf), (4.0, 0.5)]
+    assert "3 values not finite" in line_chart([series(rows, "loss", "a")], title="t", x_label="x", y_label="y")
 
 
 def test_human_numbers() -> None:
@@ -417,6 +429,18 @@ def test_run_report_survives_broken_files(tmp_path: Path) -> None:
     assert "costs.json: not readable" in html
     assert "step_000002.jsonl: the file is empty" in html
     assert "word0</b>" in html
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"teacher_logprobs": 3}, {"task": []}, {"reward": "high"}, {"completion_tokens": [1]}, {"loss_mask": "x"}],
+)
+def test_stored_rollouts_of_another_form_are_left_out(change: dict[str, Any], tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    path = run / "rollouts" / "step_000002.jsonl"
+    first, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps(json.loads(first) | change), *rest]) + "\n")
+    assert "rollouts/step_000002.jsonl: 1 unreadable lines left out" in write_run_report(run).read_text()
 
 
 def test_run_report_refuses_a_path_that_is_no_directory(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hostile import PAGES, TEXTS, run_page
+from hostile import PAGES, TEXTS, credit_page, run_page
 from understudy.report.tokens import visible_text
 
 ELEMENTS = {
@@ -50,25 +50,9 @@ ELEMENTS = {
         "tr",
         "th",
     ),
-    *(
-        "nav",
-        "br",
-        "figcaption",
-        "td",
-        "a",
-        "b",
-        "i",
-        "code",
-        "pre",
-        "button",
-        "details",
-        "summary",
-        "strong",
-        "svg",
-        "g",
-        "path",
-        "text",
-    ),
+    *("nav", "br", "figcaption"),
+    *("td", "a", "b", "i", "code", "pre", "button", "details", "summary", "strong", "svg", "g", "path", "text"),
+    *("select", "option", "label", "input", "output", "noscript"),
 }
 ATTRIBUTES = {
     *(
@@ -86,9 +70,13 @@ ATTRIBUTES = {
         "scope",
     ),
     *("aria-label", "aria-hidden", "href", "type", "viewbox", "x", "y", "d", "text-anchor", "stroke-dasharray"),
-    *("pointer-events", "data-credit", "data-chart"),
+    *("pointer-events", "data-credit", "data-chart", "data-key"),
+    *("dir", "for", "min", "step", "placeholder", "value"),
 }
-VOID = {"meta", "br"}
+VOID = {"meta", "br", "input"}
+# What runs on each page, in this order.
+SCRIPTS = ("tokens", "charts")
+OWN_SCRIPTS = {"credit": (*SCRIPTS, "credit")}
 # Places on the page itself, and pages beside it whose names are encoded.
 LINK = r"#[a-z0-9-]+|02-phase/report\.html|javascript%3A[\w%.-]*/report\.html|[\w%./()~-]+/report\.html(#findings)?"
 
@@ -107,6 +95,8 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.add(tag)
+        if ("type", "application/json") in attrs:
+            tag = "data"  # a block that no browser runs
         for name, value in attrs:
             self.attributes.add(name)
             self.values.setdefault(name, []).append(value or "")
@@ -119,6 +109,8 @@ class Page(HTMLParser):
         self.open.pop()
 
     def handle_endtag(self, tag: str) -> None:
+        if tag == "script" and self.open and self.open[-1] == "data":
+            tag = "data"
         if not self.open or self.open.pop() != tag:
             self.unbalanced.append(tag)
 
@@ -128,8 +120,13 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(params=PAGES)
-def html(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return PAGES[request.param](tmp_path).read_text(encoding="utf-8")
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def html(name: str, tmp_path: Path) -> str:
+    return PAGES[name](tmp_path).read_text(encoding="utf-8")
 
 
 def parse(html: str) -> Page:
@@ -139,29 +136,28 @@ def parse(html: str) -> Page:
     return page
 
 
-def test_nothing_became_markup(html: str) -> None:
+def test_nothing_became_markup(html: str, name: str) -> None:
     page = parse(html)
     assert page.elements <= ELEMENTS, page.elements - ELEMENTS
     assert page.attributes <= ATTRIBUTES, page.attributes - ATTRIBUTES
     assert page.unbalanced == []
     assert page.open == []
-    assert [len(page.texts[name]) for name in ("script", "style", "head", "body", "main")] == [1] * 5
+    assert len(page.texts.get("data", [])) == (2 if name == "credit" else 0)
+    assert [len(page.texts[name]) for name in ("style", "head", "body", "main")] == [1] * 4
     assert [href for href in page.values.get("href", []) if not re.fullmatch(LINK, href)] == []
 
 
-def test_the_policy_allows_the_pages_own_scripts_by_their_hashes(html: str) -> None:
+def test_the_policy_allows_the_pages_own_scripts_by_their_hashes(html: str, name: str) -> None:
     """Handlers in attributes and any other script would not run even if they got in."""
     page = parse(html)
     folder = files("understudy.report") / "templates"
-    parts = [
-        (folder / f"{name}.js").read_text(encoding="utf-8").rstrip("\n") for name in ("tokens", "charts", "credit")
-    ]
-    own = "\n".join(parts[:2])
-    assert page.texts["script"] == [own]
-    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in (own, parts[2])]
+    own = [(folder / f"{part}.js").read_text(encoding="utf-8") for part in OWN_SCRIPTS.get(name, SCRIPTS)]
+    scripts = page.texts["script"]
+    assert scripts == [source.removesuffix("\n") for source in own]
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     [policy] = [value for value in page.values["content"] if "default-src" in value]
-    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
-    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src {allowed}"
+    hashes = " ".join(f"'sha256-{digest}'" for digest in digests)
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src {hashes}"
 
 
 def test_texts_are_all_there(tmp_path: Path) -> None:
@@ -169,8 +165,19 @@ def test_texts_are_all_there(tmp_path: Path) -> None:
     for text in TEXTS:
         assert visible_text(text) in page.texts["b"], text
     assert TEXTS[0] in page.texts["code"]
-    form = json.loads(page.values["data-credit"][0])
-    assert set(TEXTS) <= set(form["texts"])
+    for packed in page.values["data-credit"]:
+        assert set(TEXTS) <= set(json.loads(packed)["texts"])
+    told = {text.strip() for text in page.texts["td"]}
+    assert {text.strip() for text in TEXTS if text.strip().isprintable()} <= told  # what a guard said
+
+
+def test_the_page_of_token_credit_has_them_too(tmp_path: Path) -> None:
+    page = parse(credit_page(tmp_path).read_text(encoding="utf-8"))
+    rollouts, packed = (json.loads(block) for block in page.texts["data"])
+    assert set(TEXTS) <= set(packed["texts"])
+    assert rollouts["prompts"] == ["\n".join(TEXTS)]
+    assert {row["finish"] for row in rollouts["rollouts"]} == {TEXTS[4]}
+    assert packed["notes"][1] == {str(i): text for i, text in enumerate(TEXTS)}
 
 
 def test_nothing_invisible_is_left_in_tokens(tmp_path: Path) -> None:

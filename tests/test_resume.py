@@ -11,6 +11,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,7 @@ import torch
 
 import understudy
 from understudy import ConfigError, Prompt, RunConfig
-from understudy.checkpoints import jsonl
+from understudy.checkpoints import jsonl, write_sums
 from user import (
     amounts,
     assert_same_run,
@@ -339,6 +340,34 @@ def test_a_damaged_checkpoint_is_named(material: Path, finished: Path) -> None:
     with pytest.raises(ConfigError, match=r"step_000005: not as it was written: trainer_state.pt[\s\S]*copy"):
         resume(material, finished)
     assert path.exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "got"),
+    [
+        (
+            lambda state: state["trainer"]["optimizer"]["state"].update({0: {"step": torch.zeros(3)}}),
+            "optimizer state 0 of shapes",
+        ),
+        (lambda state: state.update(trainer={}), "KeyError: 'optimizer'"),
+        (lambda state: state["costs"].update(roles=[]), "roles: Input should be a valid dictionary"),
+        (lambda state: state.pop("costs"), "Input should be a valid dictionary"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(
+    spoil: Callable[[dict[str, Any]], object], got: str, material: Path, finished: Path
+) -> None:
+    """One that is whole, and was not written by this run."""
+    checkpoint = finished / "checkpoints" / "step_000005"
+    state = torch.load(checkpoint / "trainer_state.pt", weights_only=True)
+    spoil(state)
+    torch.save(state, checkpoint / "trainer_state.pt")
+    write_sums(checkpoint)
+    config = config_for("distill", material, finished)
+    config["optim"]["num_steps"] += 1
+    with pytest.raises(ConfigError, match=re.escape(f"checkpoint {checkpoint}")) as refused:
+        understudy.distill(RunConfig.model_validate(config), resume=True)
+    assert got in refused.value.got
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.pt", "config.json"])

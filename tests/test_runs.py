@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from understudy import ConfigError, RunConfig
+from understudy.metrics import MetricsLog, read_metrics
 from understudy.runs import RunFolder, flat
 
 
@@ -113,6 +116,31 @@ def test_amended_rows_keep_their_times(tmp_path: Path) -> None:
         row = folder.amend({"eval/t/greedy": 1.0})
         assert (row["time/student_sampling"], row["time/evaluation"], row["optim/loss"]) == (2.5, 4.0, 0.5)
         assert folder.last_row() == row
+
+
+def test_the_newest_alarm_is_told_when_a_run_goes_on(tmp_path: Path) -> None:
+    with RunFolder(config(tmp_path / "run"), method="distill") as folder:
+        assert folder.last_alarm() is None
+        for guard in ("entropy", "length"):
+            folder.alarms.append({"step": 1, "guard": guard, "rollouts": [{"file": None}]})
+        assert folder.last_alarm() == {"step": 1, "guard": "length", "rollouts": [{"file": None}]}
+
+
+@pytest.mark.parametrize("name", ["truncate_after", "append", "replace_last"])
+def test_no_row_is_lost_while_it_is_amended(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after any of the writes, it is there, with what was added or without."""
+    with RunFolder(config(tmp_path / "run"), method="distill") as folder:
+        folder.record(1, {"optim/loss": 0.5})
+        write = getattr(MetricsLog, name)
+
+        def killed(*arguments: Any) -> None:
+            write(*arguments)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(MetricsLog, name, killed)
+            folder.amend({"eval/t/greedy": 1.0})
+        assert [row["step"] for row in read_metrics(folder.metrics.path)] == [1]
 
 
 def test_weights_for_a_server_alone_are_no_run(tmp_path: Path) -> None:

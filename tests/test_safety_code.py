@@ -12,6 +12,8 @@ import understudy
 
 SOURCE = Path(understudy.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted(path for name in ("benchmarks", "recipes") for path in (ROOT / name).rglob("*.py"))
 # Requests of this process to its own helper: nobody else writes there.
 MAY_UNPICKLE = {"tasks/bounded.py"}
 # A class of transformers' own on a folder that the experiment itself wrote; its results hang on the file's hash.
@@ -21,7 +23,7 @@ MODELS = {"AutoModelForCausalLM", "AutoModel"}
 
 
 def named(path: Path) -> str:
-    return path.relative_to(SOURCE).as_posix()
+    return path.relative_to(SOURCE if path.is_relative_to(SOURCE) else ROOT).as_posix()
 
 
 def calls(path: Path) -> Iterator[tuple[str, dict[str, ast.expr], int]]:
@@ -36,7 +38,7 @@ def is_true(value: ast.expr | None) -> bool:
     return isinstance(value, ast.Constant) and value.value is True
 
 
-@pytest.mark.parametrize("path", FILES, ids=named)
+@pytest.mark.parametrize("path", [*FILES, *SCRIPTS], ids=named)
 def test_pickles_are_not_read(path: Path) -> None:
     for name, keywords, line in calls(path):
         where = f"{named(path)}:{line}"

@@ -64,12 +64,15 @@ def test_texts_are_marked(models: Path, tmp_path: Path, monkeypatch: pytest.Monk
     rows = [
         {"prompt": "How many?", "completion": " 72", "finish_reason": "stop"},
         {"prompt": "And?", "completion": " 7."},
+        {"prompt": "Nothing?", "completion": "", "finish_reason": "stop"},
+        {"prompt": "Nothing?", "completion": ""},
     ]
     file, page = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "page.html"
     arguments = ["--student", models / "student", "--teacher", models / "teacher", "--output", page]
     assert run_cli(monkeypatch, "score", "--text", file, *arguments) == 0
     rollouts, data = content(page)
-    assert [row["finish"] for row in rollouts["rollouts"]] == ["stop", None]
+    assert [row["finish"] for row in rollouts["rollouts"]] == ["stop", None, "stop", None]
+    assert data["lengths"][2:] == [1, 0]  # the end token alone, and nothing
     assert {"student", "teacher"} <= set(data["columns"])
 
 
@@ -110,9 +113,37 @@ def test_a_runs_rollouts_and_two_steps_side_by_side(
     before = page.read_bytes()
     assert run_cli(monkeypatch, "score", "--compare", run, run, "--output", page) == 0  # its first step and its last
     assert page.read_bytes() == before
+    assert run_cli(monkeypatch, "score", run, "--step", "all", "--output", page) == 0
+    rollouts, data = content(page)
+    last = [json.loads(line) for line in (run / "rollouts" / "step_000002.jsonl").read_text().splitlines()]
+    assert data["lengths"] == [len(record["completion_ids"]) for record in stored + last]
+    labels = [row["label"] for row in rollouts["rollouts"]]
+    assert labels == ["step 0, sample 0", "step 0, sample 1"] * (len(stored) // 2) + [
+        "step 2, sample 0",
+        "step 2, sample 1",
+    ] * (len(last) // 2)
+    forks = re.findall(r'<a href="#r(\d+)t\d+">', page.read_text(encoding="utf-8"))
+    assert {int(number) < len(stored) for number in forks} == {True, False}  # ranked across both steps
     capsys.readouterr()
+    assert run_cli(monkeypatch, "score", run, "--teacher", models / "teacher", "--output", page) == 2
+    assert "a run has kept its own marks" in capsys.readouterr().err
     assert run_cli(monkeypatch, "score", f"{run}@1", "--output", page) == 2
     assert "one of the steps 0, 2" in capsys.readouterr().err
+
+
+def test_two_files_side_by_side_are_marked_by_one_teacher(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed
+) -> None:
+    prompts = ("How many?", "And?", "Alone?")
+    before = [{"prompt": prompt, "completion": " 72"} for prompt in prompts]
+    after = [{"prompt": prompt, "completion": " 71"} for prompt in prompts[:2]]
+    files = [write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", before), ("b", after))]
+    arguments = ["--student", models / "student", "--teacher", models / "teacher", "--output", tmp_path / "page.html"]
+    assert run_cli(monkeypatch, "score", "--compare", *files, *arguments) == 0
+    rollouts, data = content(tmp_path / "page.html")
+    assert [row["label"] for row in rollouts["rollouts"]] == ["a.jsonl", "b.jsonl"] * 2
+    assert {"student", "teacher", "best_code"} <= set(data["columns"])
+    assert "1 rollouts have no partner" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +156,11 @@ def test_a_runs_rollouts_and_two_steps_side_by_side(
         (("--prompt", "Q", "--student", "{models}/student", "--teacher", "{models}/words"), "tokens differ"),
         (("--prompt", "Q", "--samples", "0"), "at least 1"),
         (("nowhere",), "no such file or folder"),
-        (("{models}", "--teacher", "{models}/teacher"), "no models"),
+        (("--prompt", "Q", "--tokenizer", "{models}/student"), "drop --tokenizer"),
+        (("--prompt", "Q", "--step", "4"), "drop --step"),
+        (("{models}", "--format", "trl"), "drop --format"),
+        (("--text", "{models}/rows.jsonl", "--step", "all"), "drop --step"),
+        (("--compare", "{models}/rows.jsonl", "{models}/rows.jsonl"), "add --student S --teacher T"),
         (("--text", "{models}/rows.jsonl"), "add --student S --teacher T"),
         (("--text", "{models}/rows.jsonl", "--output", "{models}"), "a folder"),
         (("--text", "{models}/rows.jsonl", "--format", "slime"), "response_length"),

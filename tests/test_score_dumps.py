@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from understudy import ConfigError
+from understudy.report.worst_tokens import worst_tokens
 from understudy.score.dumps import READERS, read_object, recognised
 from understudy.score.sources import read_file, read_source, stored_steps
 
@@ -258,12 +260,44 @@ def test_a_file_that_could_run_code_is_refused(tmp_path: Path) -> None:
         ("[1]\n", "a list"),
         ('{"prompt": "Q"}\n', "completion_ids"),
         ('{"completion_ids": [1, 2], "sampler_logprobs": [-1.0]}\n', "1 sampler_logprobs for 2 tokens"),
+        ('{"completion_ids": ["1"]}\n', r"completion_ids\.0 = '1'(.|\n)*valid integer"),
+        ('{"completion_tokens": "ab"}\n', r"completion_tokens = 'ab'(.|\n)*list"),
+        ('{"completion": 5}\n', r"completion_text = 5(.|\n)*string"),
+        ('{"completion": "A", "messages": "Q"}\n', r"messages = 'Q'(.|\n)*list"),
+        ('{"completion_ids": [1], "reward": "good"}\n', r"reward = 'good'(.|\n)*number"),
+        ('{"completion_ids": [1], "teacher_topk": {"tokens": [["a"]]}}\n', r"logprobs(.|\n)*required"),
+        ('{"completion_ids": [1], "teacher_topk": {"logprobs": [[-1.0]]}}\n', r"teacher_topk(.|\n)*1 logprobs"),
+        (
+            '{"completion_ids": [1], "student_topk": {"tokens": [["a", "b"]], "logprobs": [[-1.0]]}}\n',
+            r"student_topk(.|\n)*1 logprobs, 2 tokens",
+        ),
+        (
+            '{"completion_ids": [1, 2], "teacher_topk": {"ids": [[1]], "logprobs": [[-1.0]]}}\n',
+            r"1 teacher_topk\.logprobs for 2 tokens",
+        ),
+        ("[" * 100_000, "recursion depth"),
     ],
 )
 def test_files_that_cannot_be_read_say_where(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(ConfigError, match=message):
         read_file(tmp_path / "a.jsonl")
+
+
+def test_what_python_and_some_editors_write_is_read(tmp_path: Path) -> None:
+    """Infinities, a byte order mark, flags as numbers, alternatives that have ids alone."""
+    line = '{"completion_ids": [1], "teacher_logprobs": [-Infinity], "loss_mask": [1], '
+    line += '"teacher_topk": {"ids": [[4]], "logprobs": [[null]]}, "more": {"x": 1}}'
+    (tmp_path / "a.jsonl").write_text("\ufeff" + line, encoding="utf-8")
+    [record] = read_file(tmp_path / "a.jsonl")
+    assert (record["teacher_logprobs"], record["loss_mask"]) == ([-math.inf], [1])
+    record |= {"completion_tokens": ["a"], "sampler_logprobs": [-1.0]}
+    assert worst_tokens([record])[0]["choice"] == "–"
+    record["teacher_topk"]["logprobs"] = [[math.log(0.5)]]
+    assert worst_tokens([record])[0]["choice"] == "4 (50.0 %)"
+    (tmp_path / "b.jsonl").write_bytes(b'{"completion": "\xff"}')
+    with pytest.raises(ConfigError, match=r"b\.jsonl(.|\n)*UTF-8"):
+        read_file(tmp_path / "b.jsonl")
 
 
 def test_runs_and_their_steps(tmp_path: Path) -> None:
@@ -274,9 +308,11 @@ def test_runs_and_their_steps(tmp_path: Path) -> None:
         write(run / "rollouts" / f"step_{step:06d}.jsonl", record)
     assert stored_steps(run) == [0, 40]
     last, first = read_source(str(run)), read_source(f"{run}@0")
-    assert (last.name, last.step, last.records[0]["step"]) == ("run, step 40", 40, 40)
+    assert (last.name, last.records[0]["step"]) == ("run, step 40", 40)
     assert (first.name, first.records[0]["step"]) == ("run, step 0", 0)
     assert read_source(str(run), step=0) == first
+    whole = read_source(str(run), step="all")
+    assert (whole.name, [record["step"] for record in whole.records]) == ("run, steps 0 to 40", [0, 40])
     with pytest.raises(ConfigError, match=r"one of the steps 0, 40"):
         read_source(f"{run}@7")
     with pytest.raises(ConfigError, match="one of the two"):

@@ -13,7 +13,7 @@ from tiny import teacher_of, tiny_model
 from understudy import ConfigError, TokenSequence
 from understudy.report.page import choose_scale
 from understudy.report.tokens import LEVELS, colour_level
-from understudy.score.command import Models, Sampling, _answered
+from understudy.score.command import Models, Sampling, answered
 from understudy.score.marks import as_ids, mark, with_marks
 from understudy.tokenization import ModelText, load_text
 from understudy.worlds.ledger import Ledger
@@ -95,7 +95,7 @@ def test_the_first_wrong_step_is_coloured_and_the_answer_that_follows_from_it_is
     world = Ledger()
     models = Models(str(LEDGER / "start"), str(LEDGER / "teacher"), device="cpu", topk=3)
     prompts = [row["prompt"] for row in world.prompt_rows(16, seed=5)]
-    records = _answered(prompts, models, Sampling(samples=2, max_completion_tokens=60))
+    records = answered(prompts, models, Sampling(samples=2, max_completion_tokens=60))
     scale = choose_scale(records)
     first, last = [], []
     for record in records:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import random
 import re
 import zlib
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from big_pages import big_rollouts
 from understudy.report.credit_data import (
     INFINITE,
     MIN_ALTERNATIVE_LOGPROB,
@@ -135,7 +135,8 @@ def test_single_bytes_find_their_characters() -> None:
         4: BytePiece("é", 1, 2),
         5: BytePiece("é", 2, 2),
     }
-    assert found.left_out == (6,)
+    assert found.left_out == [6]
+    assert found.gaps == ["", " ", "", "", "", "", ""]  # the space is not among the bytes
 
 
 def test_a_real_replacement_character_is_itself() -> None:
@@ -148,24 +149,65 @@ def test_bytes_that_are_no_character_stay_as_they_are() -> None:
 
 
 def test_tokenizers_that_drop_spaces_and_texts_that_are_missing() -> None:
-    assert align(["a", "b", "<eos>"], "a b").left_out == (2,)
-    assert align(["a", "b"], "") == align([], "")
+    assert align(["a", "b", "<eos>"], "a b").left_out == [2]
+    bare = align(["a", "b", "\ufffd"], "")
+    assert (bare.gaps, bare.pieces, bare.left_out) == (["", " ", " "], {}, [])
+
+
+def test_tokens_that_do_not_make_the_text_are_all_kept() -> None:
+    """A tokenizer that mends spaces when it decodes: what is copied comes from the tokens then."""
+    assert align(["it", " 's", " on", "<eos>"], "it's on").left_out == []
     assert visible_text("\ud800") == "⟨U+D800⟩"
+
+
+MIXED = "sum: 🙂 שלום, 你好 👩‍👩‍👧 é.\n x🙂🙂 y"
+
+
+def rebuilt(tokens: list[str], text: str) -> str:
+    """What "Copy text" makes of tokens: gaps, and characters in place of bytes."""
+    found = align(tokens, text)
+    whole = [(token, 1) for token in tokens]
+    pieces = found.pieces
+    read = [(pieces[i].characters, pieces[i].part) if i in pieces else own for i, own in enumerate(whole)]
+    kept = [i for i in range(len(tokens)) if i not in found.left_out and read[i][1] == 1]
+    assert not any("\ufffd" in read[i][0] for i in kept)
+    return "".join(found.gaps[i] + read[i][0] for i in kept)
 
 
 def test_every_emoji_of_a_byte_level_tokenizer_is_found() -> None:
     from user import bpe_tokenizer
 
     tokenizer = bpe_tokenizer()
-    text = "sum: 🙂 שלום, 你好 👩‍👩‍👧 é."
-    ids = tokenizer(text)["input_ids"]
+    tokens = [tokenizer.decode([i]) for i in tokenizer(MIXED)["input_ids"]]
+    assert align(tokens, MIXED).left_out == []
+    assert rebuilt(tokens, MIXED) == MIXED
+
+
+def test_byte_fallback_tokens_find_their_characters_and_spaces() -> None:
+    """As SentencePiece's vocabularies have them: 259 is "▁", which alone decodes to nothing; <0xF0> and its kin are
+    bytes; a token that begins with "▁" loses it where it is decoded alone."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"sumxy:.,", "▁x", "▁y"]
+    vocab = {word: i for i, word in enumerate(words)}
+    merges = [("▁", "x"), ("▁", "y")]
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    ids = [*tokenizer(MIXED)["input_ids"], 2]
     tokens = [tokenizer.decode([i]) for i in ids]
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    assert text == MIXED
+    assert tokens.count("\ufffd") > 40
+    assert rebuilt(tokens, text) == MIXED
     found = align(tokens, text)
-    assert found.left_out == ()
-    read = [found.pieces[i].characters if i in found.pieces else token for i, token in enumerate(tokens)]
-    firsts = [i for i in range(len(tokens)) if i not in found.pieces or found.pieces[i].part == 1]
-    spaces = [tokens[i].partition("\ufffd")[0] if i in found.pieces else "" for i in range(len(tokens))]
-    assert "".join(spaces[i] + read[i] for i in firsts) == text
+    emoji = tokens.index("\ufffd")
+    assert [found.pieces[emoji + i] for i in range(4)] == [BytePiece("🙂", part, 4) for part in (1, 2, 3, 4)]
+    assert (found.gaps[emoji], found.left_out) == (" ", [len(ids) - 1])
 
 
 # The page
@@ -221,46 +263,7 @@ def test_counted() -> None:
     assert reverse_kl(rollout(["a"], teacher_logprobs=None)) == [None]
 
 
-def scored(draw: random.Random, words: list[str], number: int) -> dict[str, Any]:
-    """256 tokens as a small model marks them: half of them certain, half open, five alternatives each."""
-    ids = [min(len(words) - 1, int(draw.paretovariate(0.8))) for _ in range(256)]
-    student = [-draw.expovariate(1.2 if draw.random() < 0.5 else 30.0) for _ in ids]
-    teacher = [min(-1e-4, own - draw.gauss(0.1, 0.5)) for own in student]
-
-    def topk(logprobs: list[float]) -> dict[str, Any]:
-        rows = []
-        for token, logprob in zip(ids, logprobs, strict=True):
-            rest, row = 1 - math.exp(logprob), [(token, logprob)]
-            for _ in range(4):
-                share = rest * draw.uniform(0.5, 0.95)
-                rest -= share
-                row.append((min(len(words) - 1, int(draw.paretovariate(0.6))), math.log(max(share, 1e-9))))
-            rows.append(sorted(row, key=lambda pair: -pair[1]))
-        return {
-            "ids": [[token for token, _ in row] for row in rows],
-            "tokens": [[words[token] for token, _ in row] for row in rows],
-            "logprobs": [[logprob for _, logprob in row] for row in rows],
-        }
-
-    return rollout(
-        [words[i] for i in ids],
-        prompt_index=number,
-        prompt_text="What do they say of this? " * 8 + str(number),
-        completion_ids=ids,
-        sampler_logprobs=student,
-        teacher_logprobs=teacher,
-        trainer_logprobs=[own + draw.gauss(0, 1e-3) for own in student],
-        advantages=[q - p for p, q in zip(student, teacher, strict=True)],
-        student_entropy=[draw.expovariate(1.0) for _ in ids],
-        teacher_entropy=[draw.expovariate(1.0) for _ in ids],
-        teacher_topk=topk(teacher),
-        student_topk=topk(student),
-    )
-
-
 def test_two_hundred_rollouts_with_every_number_stay_below_two_megabytes(tmp_path: Path) -> None:
-    draw = random.Random(0)
-    words = [f" w{i}" for i in range(3000)]
-    units = [CreditUnit((scored(draw, words, number),)) for number in range(200)]
+    units = [CreditUnit((own,)) for own in big_rollouts(200)]
     path = write_credit_page(units, tmp_path / "big.html", title="big")
     assert path.stat().st_size < 2_000_000

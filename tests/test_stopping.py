@@ -6,10 +6,15 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+import understudy
+from understudy import RunConfig
 from understudy.stopping import StopNow, StopRequest
+from user import save_model, tree, word_tokenizer, write_rows
 
 
 def send(number: signal.Signals) -> None:
@@ -76,6 +81,23 @@ def test_an_update_and_its_record_are_not_torn_apart() -> None:
     assert done == ["recorded", "saved"]
 
 
+def test_what_is_saved_afterwards_is_not_abandoned() -> None:
+    done: list[str] = []
+    with StopRequest(within_seconds=1000).listening() as stop:
+        send(signal.SIGTERM)
+        with pytest.raises(StopNow):
+            send(signal.SIGTERM)
+        save(stop, done)
+    with StopRequest(within_seconds=1000).listening() as stop:
+        send(signal.SIGTERM)
+        stop.hold()
+        send(signal.SIGTERM)
+        stop.end()  # an error, say, has ended the run meanwhile
+        save(stop, done)
+        send(signal.SIGTERM)
+    assert done == ["saved"] * 2
+
+
 def test_the_deadline_leaves_time_to_save() -> None:
     start = time.monotonic()
     with StopRequest(within_seconds=60).listening() as stop:
@@ -106,3 +128,29 @@ def test_signals_are_left_alone_outside_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert seen == [False]
+
+
+def test_a_run_that_is_stopped_in_a_step_returns_as_one_between_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from understudy import loop
+
+    original, calls = loop.sample_rollouts, [0]
+
+    def slow(*arguments: Any, **keywords: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 3:
+            send(signal.SIGTERM)
+            send(signal.SIGTERM)
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr("understudy.loop.sample_rollouts", slow)
+    student = save_model(tmp_path / "student", word_tokenizer())
+    teacher = save_model(tmp_path / "teacher", word_tokenizer(), seed=1)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"w{i}"} for i in range(8)])
+    content = tree(student, teacher, rows, tmp_path / "run", optim={"num_steps": 4})
+    result = understudy.distill(RunConfig.model_validate(content), quiet=True)
+    assert (result.interrupted_at, result.stop_requested) == (2, True)
+    assert result.student == tmp_path / "run" / "checkpoints" / "step_000002"
+    assert (tmp_path / "run" / "checkpoints" / "step_000002").is_dir()
+    assert (tmp_path / "run" / "report.html").exists()

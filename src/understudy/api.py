@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ from understudy.checkpoints import checkpoint_path, write_json
 from understudy.config import RunConfig, StudentConfig
 from understudy.costs import CostLedger, MeteredSampler
 from understudy.doctor.catalogue import look_before
-from understudy.errors import GuardStop, NonFiniteError, ServerError, ServerUnavailable
+from understudy.errors import ConfigError, GuardStop, NonFiniteError, ServerError, ServerUnavailable, first_line
 from understudy.evaluation import evaluate_tasks, outcome_metrics, task_outcomes, write_outcomes
 from understudy.loop import on_policy_loop, sample, score
+from understudy.mark_temperature import named_weights
 from understudy.metering import counted_model, matmul_sizes
 from understudy.preflight import Checked, Method, check_run
 from understudy.progress import ProgressSampler, piece_size
@@ -31,7 +31,8 @@ from understudy.samples import SampleFile
 from understudy.stopping import StopNow, StopRequest
 from understudy.supervised import load_examples, supervised_loop
 from understudy.tasks import Grader
-from understudy.types import Rollout
+from understudy.trackers import Trackers
+from understudy.types import Rollout, TrainingExample
 
 log = logging.getLogger("understudy")
 
@@ -91,13 +92,13 @@ def sft(config: RunConfig, *, trainer: Trainer | None = None, resume: bool = Fal
     # Evaluations sample here: nothing is sampled that would be worth a server.
     at_hand = {"sampler": None, "sampling": config.sampling.model_copy(update={"max_policy_lag": 0})}
     config = _without_teachers(config).model_copy(update=at_hand)
-    checked = check_run(config, "sft")
+    checked = check_run(config, "sft", brought=given.roles)
     examples = load_examples(config, checked.rows, checked.student, checked.stop_ids)
 
     def work(parts: Parts, recorder: Recorder) -> None:
         supervised_loop(parts, examples, recorder)
 
-    return _run(config, "sft", checked, given, resume, quiet, work)
+    return _run(config, "sft", checked, given, resume, quiet, work, examples.own)
 
 
 def _without_teachers(config: RunConfig) -> RunConfig:
@@ -106,7 +107,7 @@ def _without_teachers(config: RunConfig) -> RunConfig:
 
 
 def _on_policy(config: RunConfig, method: Method, given: Given, resume: bool, quiet: bool) -> RunResult:
-    checked = check_run(config, method, grader=given.grader)
+    checked = check_run(config, method, grader=given.grader, brought=given.roles)
 
     def work(parts: Parts, recorder: Recorder) -> None:
         on_policy_loop(parts, recorder)
@@ -124,6 +125,7 @@ def _run(
     resume: bool,
     quiet: bool,
     work: Callable[[Parts, Recorder], None],
+    examples: Sequence[TrainingExample] = (),
 ) -> RunResult:
     """Take the folder, load, work, report. Nothing stays behind when preparation fails."""
     with RunFolder(config, method=method, resume=resume) as folder:
@@ -132,46 +134,84 @@ def _run(
         if folder.trained and kept and not folder.owes_evaluation:
             log.info("%s: all %d steps are done; raise optim.num_steps to go on", folder.path, steps)
             return _finished(folder, folder.last_row(), None)
-        findings = look_before(folder.config, method, checked, given)
+        findings = look_before(folder.config, method, checked, given, examples)
         if folder.checkpoint:
             log.info("%s: going on after step %d of %d", folder.path, folder.first_step, steps)
         stop = StopRequest(folder.config.checkpoints.stop_within_seconds)
         parts = assemble(
             folder.config, checked, folder.costs, checkpoint=folder.checkpoint, given=given, before_update=stop.hold
         )
-        with parts.connections, stop.listening():
-            if folder.state:
-                parts.trainer.load_state_dict(folder.state["trainer"])
-            parts.sampler.set_policy_version(folder.first_step)
-            folder.write_config(parts.config)
-            folder.write_start([finding.row for finding in findings])
-            recorder = Recorder(
-                folder,
-                parts.config,
-                trainer=parts.trainer,
-                teachers=parts.page_teachers,
-                student=checked.student,
-                evaluate=lambda: evaluate_tasks(parts.evaluator, parts.tasks, parts.decode),
-                stop=stop,
-                may_be_away=parts.may_be_away,
-                quiet=quiet,
-            )
-            try:
-                recorder.start()
-                work(replace(parts, trainer=recorder.guarded(parts.trainer)), recorder)
-            except (ServerError, NonFiniteError, GuardStop) as error:
-                # The weights are whole, and what is away may be back tomorrow.
-                step = recorder.save_after(error)
-                if step is None:
-                    log.warning("%s: the weights are not finite and are not kept", folder.path)
-                else:
-                    log.info("%s: --resume goes on after step %d", folder.path, step)
-                raise
-            except StopNow:
-                recorder.interrupted_at = recorder.save_last_update()
-            finally:
-                recorder.close()
-        return replace(_finished(folder, recorder.last_row, recorder.interrupted_at), stop_requested=stop.requested)
+        goes_on_after = folder.first_step if folder.checkpoint else None
+        with Trackers(parts.config, folder.path, goes_on_after=goes_on_after) as trackers:
+            with parts.connections, stop.listening():
+                if folder.state:
+                    _load_state(parts.trainer, folder)
+                parts.sampler.set_policy_version(folder.first_step)
+                folder.write_config(parts.config)
+                folder.write_start([finding.row for finding in findings])
+                recorder = Recorder(
+                    folder,
+                    parts.config,
+                    trainer=parts.trainer,
+                    teachers=parts.page_teachers,
+                    student=checked.student,
+                    evaluate=lambda: evaluate_tasks(parts.evaluator, parts.tasks, parts.decode),
+                    stop=stop,
+                    trackers=trackers,
+                    may_be_away=parts.may_be_away,
+                    weights_of=lambda name: _named_teacher(parts.config, checked, given, name),
+                    quiet=quiet,
+                )
+                _work(replace(parts, trainer=recorder.guarded(parts.trainer)), recorder, folder, stop, work)
+            result = _finished(folder, recorder.last_row, recorder.interrupted_at)
+        return replace(result, stop_requested=stop.requested)
+
+
+def _work(
+    parts: Parts,
+    recorder: Recorder,
+    folder: RunFolder,
+    stop: StopRequest,
+    work: Callable[[Parts, Recorder], None],
+) -> None:
+    """``work`` from the recorder's start to its end, however that comes."""
+    try:
+        recorder.start()
+        work(parts, recorder)
+    except (ServerError, NonFiniteError, GuardStop) as error:
+        # The weights are whole, and what is away may be back tomorrow.
+        stop.end()
+        step = recorder.save_after(error)
+        if step is None:
+            log.warning("%s: the weights are not finite and are not kept", folder.path)
+        else:
+            log.info("%s: --resume goes on after step %d", folder.path, step)
+        raise
+    except StopNow:
+        recorder.interrupted_at = recorder.save_last_update()
+    finally:
+        recorder.close()
+
+
+def _named_teacher(config: RunConfig, checked: Checked, given: Given, name: str) -> Teacher | None:
+    """The model that teacher ``name`` is said to be, where that is somebody else and easily loaded."""
+    role = config.all_teachers[name]
+    if given.teachers is None and role.url is None:
+        return None
+    return named_weights(role, config.student.model, vocab_size=checked.vocab_size, most_bytes=2 * 2**30)
+
+
+def _load_state(trainer: Trainer, folder: RunFolder) -> None:
+    """Give the trainer what the checkpoint holds beside weights. Raises ConfigError where it does not fit."""
+    try:
+        trainer.load_state_dict(folder.state["trainer"])
+    except Exception as error:  # a trainer of your own may raise anything
+        raise ConfigError(
+            f"checkpoint {folder.checkpoint}",
+            got=f"a state of the trainer that it cannot take: {first_line(error)}",
+            expected="what this trainer saved there",
+            remedy="put the checkpoint back from a copy, or start anew in another output_dir",
+        ) from error
 
 
 def _finished(folder: RunFolder, row: Mapping[str, Any], interrupted_at: int | None) -> RunResult:
@@ -244,7 +284,7 @@ def _write_samples(folder: RunFolder, checked: Checked, samples: SampleFile, qui
     kept = samples.keep_whole_pieces(piece * sampling.group_size, len(prompts) * sampling.group_size)
     costs, costs_path = folder.costs, folder.path / "costs.json"
     if kept and costs_path.exists():
-        costs = CostLedger.from_json(json.loads(costs_path.read_text(encoding="utf-8")))
+        costs = CostLedger.read(costs_path)
     done = kept // sampling.group_size
     local = LocalSampler(model, stop_ids=checked.stop_ids, ends=checked.ends)
     metered = MeteredSampler(local, costs, "teacher_sampling", matmul_sizes(model)[0], counted_model(model))

@@ -90,6 +90,12 @@ class Given:
     trainer: Trainer | None = None
     grader: Grader | None = None
 
+    @property
+    def roles(self) -> frozenset[str]:
+        """Those whose configured weights are not read."""
+        student = isinstance(self.trainer, LocalTrainer) or (self.sampler is not None and self.trainer is not None)
+        return frozenset(["student"] * student + ["teacher"] * (self.teachers is not None))
+
 
 def set_threads(config: RunConfig) -> None:
     """Apply ``num_threads``."""

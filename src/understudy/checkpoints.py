@@ -57,9 +57,10 @@ def save_checkpoint(
         failure = not_written(final, error)
         shutil.rmtree(partial, ignore_errors=True)  # the room it takes is needed
         raise failure from error
-    for old in [path for _, path in list_checkpoints(folder)[:-keep]] + list(folder.glob(f"*{_DAMAGED}")):
-        # Renamed first: a folder that is still called step_... is whole, even if a crash interrupts the removal.
-        shutil.rmtree(old.rename(old.with_suffix(".partial")))
+    with writing(folder):
+        for old in [path for _, path in list_checkpoints(folder)[:-keep]] + list(folder.glob(f"*{_DAMAGED}")):
+            # Renamed first: a folder that is still called step_... is whole, even if a crash interrupts the removal.
+            shutil.rmtree(old.rename(old.with_suffix(".partial")))
     return final
 
 
@@ -125,8 +126,8 @@ def set_aside(checkpoint: Path) -> None:
 def write_sums(folder: Path) -> None:
     """``SHA256SUMS`` of all files in ``folder``, as ``sha256sum --check`` reads it. The state's comes last: where it is
     missing, the list has lost its end."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    names.sort(key=lambda name: name == STATE_FILE)
+    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = sorted({*files} - {SUMS_FILE}, key=lambda name: (name == STATE_FILE, name))
     write_atomic(folder / SUMS_FILE, "".join(f"{sum_}  {name}\n" for name, sum_ in _sums(folder, names).items()))
 
 

@@ -14,7 +14,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 import understudy
-from understudy import cli_report, cli_score, cli_serve, cli_tools
+from understudy import cli_report, cli_runs, cli_score, cli_serve, cli_tools
 from understudy.cli_arguments import Overrides, Resume, Run, Smoke, load_config, parse_overrides, smoke_config
 from understudy.errors import UnderstudyError
 
@@ -41,6 +41,8 @@ for tool in (
     cli_tools.estimators,
     cli_tools.experiment,
     cli_tools.keys,
+    cli_runs.watch,
+    cli_runs.export,
 ):
     app.command(tool)
 

@@ -92,5 +92,7 @@ def smoke_config(config: RunConfig) -> RunConfig:
             "supervised": supervised.model_copy(update={"batch_size": at_most(supervised.batch_size, 4), "mix": mix}),
             "optim": optim.model_copy(update={"num_steps": at_most(optim.num_steps, 2), "warmup_steps": 0}),
             "evaluation": config.evaluation.model_copy(update={"tasks": tasks}),
+            # Its name comes from its folder, so that it is not taken for the run.
+            "tracking": config.tracking.model_copy(update={"run_name": None}),
         }
     )

@@ -80,12 +80,14 @@ def _comparison(folders: Sequence[Path], output: Path) -> Made:
 
 
 def _pipeline(folder: Path, output: Path | None) -> Made:
+    from understudy.pipeline_state import load_state
     from understudy.report.pipeline_report import pipeline_curves, write_pipeline_report
     from understudy.report.run_data import merge_by_step, read_jsonl
 
+    state = load_state(folder).model_dump(mode="json")
     paths = sorted(folder.glob("*/metrics.jsonl"))
     metrics = {path.parent.name: merge_by_step(read_jsonl(path)[0]) for path in paths}
-    return write_pipeline_report(folder, output), pipeline_curves(folder), metrics
+    return write_pipeline_report(folder, output, state=state), pipeline_curves(folder, state=state), metrics
 
 
 def _check(runs: Sequence[Path], output: Path | None, figures: Path | None, csv: Path | None) -> None:
@@ -109,9 +111,14 @@ def _check(runs: Sequence[Path], output: Path | None, figures: Path | None, csv:
 
 
 def _check_run(run: Path, *, alone: bool) -> None:
-    if (run / "pipeline.json").exists() and not alone:
-        remedy = "report it alone, or give the folders of its phases"
-        raise ConfigError(f"run {run}", got="a pipeline beside other folders", expected="a run", remedy=remedy)
-    if not any((run / name).exists() for name in ("config.toml", "pipeline.json")):
+    from understudy.pipeline_state import load_state
+
+    if (run / "pipeline.json").exists():
+        if not alone:
+            remedy = "report it alone, or give the folders of its phases"
+            raise ConfigError(f"run {run}", got="a pipeline beside other folders", expected="a run", remedy=remedy)
+        load_state(run)  # raises for what is not whole
+        return
+    if not (run / "config.toml").exists():
         got = "a folder without config.toml" if run.is_dir() else "no such folder"
         raise ConfigError(f"run {run}", got=got, expected="a run's output_dir", remedy="check the path")

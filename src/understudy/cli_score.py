@@ -13,6 +13,13 @@ from cyclopts import Parameter
 from understudy.errors import ConfigError
 
 Format = Literal["plain", "trl", "verl", "slime", "miles", "prime-rl", "tinker"]
+Role = Literal["student", "teacher", "tokenizer"]
+
+_GOES_WITH = {
+    "--step": "a run's folder: steps of --compare stand behind an @",
+    "--tokenizer": "rollouts that are there: what a student writes now has its own",
+    "--format": "a file, of --text or --compare",
+}
 
 
 def score(
@@ -24,7 +31,7 @@ def score(
     prompt: Annotated[list[str] | None, Parameter(allow_leading_hyphen=True, negative="")] = None,
     text: Path | None = None,
     compare: Annotated[tuple[str, str] | None, Parameter(negative="")] = None,
-    step: int | None = None,
+    step: int | Literal["all"] | None = None,
     form: Annotated[
         Format | None, Parameter(name="--format", help="What the file is; otherwise recognised by its fields.")
     ] = None,
@@ -35,6 +42,7 @@ def score(
     seed: int = 0,
     topk: int = 5,
     device: str = "auto",
+    trust_remote_code: Annotated[list[Role] | None, Parameter(negative="")] = None,
     output: Path = Path("credit.html"),
     open_page: Annotated[bool, Parameter(name="--open")] = True,
 ) -> int:
@@ -51,6 +59,8 @@ def score(
 
         understudy score runs/a --step 40
 
+        understudy score runs/a --step all
+
         understudy score --compare runs/a@0 runs/a@100
 
     Parameters
@@ -66,7 +76,7 @@ def score(
     compare
         Two of runs/x@STEP, a run or a file, whose rollouts answer the same prompts.
     step
-        The stored step of a run; its last by default.
+        The stored step of a run, or all of them on one page; its last by default.
     tokenizer
         Hub id or folder whose tokenizer turns ids into text, for files without texts and models.
     samples
@@ -81,29 +91,35 @@ def score(
         Alternatives kept per token and model.
     device
         auto, cpu, mps, cuda or cuda:0.
+    trust_remote_code
+        Whose Python code (auto_map) may run, with your rights: student, teacher or tokenizer; may be given several
+        times.
     output
         The page to write.
     open_page
         Open the page in a browser, where there is a screen.
     """
     _check_asked(run, prompt, text, compare, output)
+    for name, value, needed in (
+        ("--step", step, run),
+        ("--tokenizer", tokenizer, not prompt),
+        ("--format", form, text or compare),
+    ):
+        if value is not None and not needed:
+            raise ConfigError(name, got=str(value), expected=_GOES_WITH[name], remedy=f"drop {name}")
     for name, value in (("--samples", samples), ("--max-completion-tokens", max_completion_tokens), ("--topk", topk)):
         if value < 1:
             raise ConfigError(name, got=str(value), expected="at least 1", remedy=f"{name} 4")
     from understudy.score import command
     from understudy.score.sources import read_source
 
-    models = command.Models(student, teacher, tokenizer, device, topk)
+    models = command.Models(student, teacher, tokenizer, device, topk, frozenset(trust_remote_code or ()))
     if compare is not None:
-        _refuse_models(models.student or models.teacher, "--compare")
-        before, after = command.read_pair(compare, form)
-        page = command.score_pair(before, after, output)
+        page = command.score_pair(*command.read_pair(compare, form), models, output)
     elif prompt:
         sampling = command.Sampling(samples, max_completion_tokens, seed, plain)
         page = command.score_prompts(prompt, models, sampling, output)
     else:
-        if run is not None:
-            _refuse_models(models.student or models.teacher, f"run {run}")
         page = command.score_source(read_source(run or str(text), step=step, form=form), models, output)
     print(page)
     if open_page and _has_screen():
@@ -129,16 +145,6 @@ def _check_asked(
             got="a folder" if output.is_dir() else "a file in a folder that does not exist",
             expected="a file to write",
             remedy="--output credit.html",
-        )
-
-
-def _refuse_models(given: str | None, where: str) -> None:
-    if given is not None:
-        raise ConfigError(
-            where,
-            got=f"{given} as student or teacher",
-            expected="no models: a run has kept its own marks",
-            remedy="drop them; to mark stored rollouts anew, give their file with --text",
         )
 
 

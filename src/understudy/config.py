@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from understudy.config_base import GradedConfig, Section, read_toml, set_dotted, toml_value, usable_path
 from understudy.config_guards import GuardsConfig
-from understudy.config_kept import CheckpointsConfig, RolloutsConfig
+from understudy.config_kept import CheckpointsConfig, RolloutsConfig, TrackingConfig
 from understudy.config_models import Dtype as Dtype
 from understudy.config_models import LoraConfig as LoraConfig
 from understudy.config_models import StudentConfig, TeacherConfig
@@ -172,6 +172,7 @@ class RunConfig(Section):
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     rollouts: RolloutsConfig = RolloutsConfig()
     guards: GuardsConfig = GuardsConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     _usable_output_dir = field_validator("output_dir")(usable_path)
 

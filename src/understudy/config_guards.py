@@ -23,7 +23,7 @@ class Guard(Section):
 class ReverseKlGuard(Guard):
     """The student moves away from its teacher, or is nowhere near it."""
 
-    level: float = Field(default=5.0, gt=0)
+    level: float = Field(default=8.0, gt=0)
     """Nats per token."""
     rise: float = Field(default=1.75, gt=1)
     """Mean of three steps, as a multiple of the lowest mean of five."""
@@ -75,8 +75,8 @@ class RatioGuard(Guard):
 class GradientGuard(Guard):
     """A gradient is far larger than those before it."""
 
-    factor: float = Field(default=10.0, gt=1)
-    """Norm before clipping, as a multiple of the median of the last 50 updates (from the sixth on)."""
+    factor: float = Field(default=5.0, gt=1)
+    """Norm before clipping, as a multiple of the largest of the last 50 updates (from the 21st on)."""
 
 
 class NonfiniteGuard(Section):
@@ -90,31 +90,30 @@ class AgreementGuard(Guard):
     """The teacher finds impossible (probability below 0.001) what the student writes at one place: another template
     shows at the first token, another end token at the last."""
 
-    first: float = Field(default=0.5, gt=0, le=1)
+    first: float = Field(default=0.8, gt=0, le=1)
     """Share of completions whose first token is impossible."""
-    end: float = Field(default=0.5, gt=0, le=1)
+    end: float = Field(default=0.8, gt=0, le=1)
     """Share of finished completions whose last token is."""
     anywhere: float = Field(default=0.5, gt=0, le=1)
     """Share of all tokens that are."""
 
 
-class SharpnessGuard(Guard):
-    """The teacher is much surer, or much less sure, than the student of the tokens that this one finds likely: another
-    temperature. Judged in the first five steps."""
+class TemperatureGuard(Guard):
+    """Marks are those of teacher.model at another temperature than the student samples at. Looked at in the first step,
+    for teachers that are brought along or served while their weights (2 GiB at most) are at hand."""
 
-    low: float = Field(default=0.67, gt=0, lt=1)
-    """Least ratio of the teacher's log-odds to the student's."""
-    high: float = Field(default=1.9, gt=1)
-    """Largest ratio."""
+    apart: float = Field(default=0.1, gt=0)
+    """Largest distance of teacher/temperature_ratio from 1."""
 
 
 class DirectionGuard(Section):
-    """The first updates do not make likelier what the teacher likes better: the sign, or the loss, is wrong."""
+    """The first update makes less likely what its advantages favour: the sign of the signal, or of the loss, is
+    wrong."""
 
     action: Literal["off", "warn", "stop"] = "warn"
     """As of the others; stop ends the run after the update that was looked at."""
-    least: float = Field(default=0.1, ge=0, lt=1)
-    """Least mean of update/alignment over two or three updates; one alone is an alarm below its negative."""
+    opposed: float = Field(default=0.1, ge=0, lt=1)
+    """An alarm where update/alignment is below its negative."""
 
 
 class GuardsConfig(Section):
@@ -131,7 +130,7 @@ class GuardsConfig(Section):
     gradient: GradientGuard = GradientGuard()
     nonfinite: NonfiniteGuard = NonfiniteGuard()
     agreement: AgreementGuard = AgreementGuard()
-    sharpness: SharpnessGuard = SharpnessGuard()
+    temperature: TemperatureGuard = TemperatureGuard()
     direction: DirectionGuard = DirectionGuard()
 
     def actions(self) -> Iterator[tuple[str, Action]]:

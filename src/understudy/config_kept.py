@@ -1,10 +1,14 @@
-"""What a run keeps on disk, beside its metrics."""
+"""The sections that say what a run leaves behind, and where else its numbers go."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from pydantic import Field
 
 from understudy.config_base import Section
+
+TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
 class CheckpointsConfig(Section):
@@ -28,3 +32,17 @@ class RolloutsConfig(Section):
     """Rollouts kept per such step."""
     topk: int = Field(default=5, ge=0)
     """The teacher's best alternatives kept per token."""
+
+
+class TrackingConfig(Section):
+    """Where a run's metrics go besides its folder. Keys and addresses are the trackers' own environment variables'
+    business, and are never stored."""
+
+    trackers: tuple[TrackerName, ...] = ()
+    """Each needs the extra of its name. One that fails later is dropped with a warning; the run goes on."""
+    project: str = Field(default="understudy", min_length=1)
+    """Project or experiment that the run is listed in."""
+    run_name: str | None = Field(default=None, min_length=1)
+    """What it is called there. Absent: output_dir's last part, a pipeline's phase with the pipeline's before it."""
+    samples: int = Field(default=2, ge=0)
+    """Rollouts sent as text each time that rollouts are kept."""

@@ -21,12 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from understudy import flops as exact
 from understudy.backends.protocols import Sampler, Teacher, Trainer
 from understudy.batching import plan_batches
 from understudy.config import SamplingConfig
+from understudy.errors import ConfigError, first_line
 from understudy.flops import ALL_WEIGHTS, Flops, ModelShape, Update
+from understudy.json_text import parsed
 from understudy.objectives import Mixture, Objective
 from understudy.types import Batch, LossOutput, Prompt, Rollout, ScoreKind, Scores, TokenSequence
 
@@ -51,6 +54,17 @@ def _now() -> float:
 
 
 _AMOUNTS = ("tokens", "flops", "exact_flops", "seconds")
+
+
+class _Entry(BaseModel):
+    tokens: int
+    flops: FiniteFloat
+    exact_flops: FiniteFloat | None = None
+    seconds: FiniteFloat
+
+
+class _Stored(BaseModel):
+    roles: dict[str, _Entry]
 
 
 @dataclass
@@ -94,9 +108,31 @@ class CostLedger:
         }
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> CostLedger:
-        """Continue from costs.json; where there is no exact count yet, the convention's stands in."""
-        return cls({role: {"exact_flops": entry["flops"], **entry} for role, entry in content["roles"].items()})
+    def from_json(cls, content: Any, where: str = "costs") -> CostLedger:
+        """Continue from costs.json; where there is no exact count yet, the convention's stands in. Raises ConfigError,
+        about ``where``, for what is none."""
+        try:
+            stored = _Stored.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise _unreadable(where, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        entries = {role: entry.model_dump(exclude_none=True) for role, entry in stored.roles.items()}
+        return cls({role: {"exact_flops": entry["flops"]} | entry for role, entry in entries.items()})
+
+    @classmethod
+    def read(cls, path: Path) -> CostLedger:
+        """Continue from a costs.json. Raises ConfigError for what is none."""
+        try:
+            return cls.from_json(parsed(path.read_bytes()), str(path))
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise _unreadable(str(path), first_line(error)) from None
+
+
+def _unreadable(where: str, got: str) -> ConfigError:
+    expected = f"{', '.join(_AMOUNTS)} of every role, as a run writes them"
+    return ConfigError(where, got=got, expected=expected, remedy="put the file back from a copy")
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,19 @@ asked} is reported as the sum of the first over the sum of the second.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from pydantic import TypeAdapter
+
 from understudy.backends.protocols import Sampler
 from understudy.checkpoints import write_jsonl
 from understudy.config import EvalTaskConfig, SamplingConfig
 from understudy.errors import ConfigError, RunError
+from understudy.json_text import parsed
 from understudy.rewards import grades_of
 from understudy.rollouts import sample_rollouts
 from understudy.statistics import mean_and_error, pass_at_k
@@ -191,17 +193,20 @@ def read_outcomes(folder: Path) -> list[Outcome]:
             expected="the output_dir of `understudy eval`",
             remedy="understudy eval run.toml --student.model <checkpoint> --output_dir <folder>",
         )
-    # Not splitlines, which also splits at the line separators of Unicode that texts may hold.
-    lines = [(path, line) for path in paths for line in path.read_text(encoding="utf-8").split("\n") if line]
-    return [_read(path, line) for path, line in lines]
+    return [_read(path, line) for path in paths for line in path.read_bytes().split(b"\n") if line]
 
 
-def _read(path: Path, line: str) -> Outcome:
+_OUTCOME = TypeAdapter(Outcome)
+
+
+def _read(path: Path, line: bytes) -> Outcome:
     try:
-        row = json.loads(line)
+        row = parsed(line)
         if row["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"schema_version {row['schema_version']}")
-        return Outcome(**{field.name: row[field.name] for field in fields(Outcome)})
+        if not row["rewards"]:
+            raise ValueError("no rewards")
+        return _OUTCOME.validate_python({field.name: row[field.name] for field in fields(Outcome)})
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"outcomes {path}",

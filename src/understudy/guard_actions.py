@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from understudy.backends.protocols import Trainer
-from understudy.errors import GuardStop
-from understudy.guards import CAUSES, DIRECTED, Finding, Row, judge, past_of
+from understudy.backends.protocols import Teacher, Trainer
+from understudy.errors import ConfigError, GuardStop, first_line
+from understudy.guards import CAUSES, Finding, Row, judge, past_of
+from understudy.mark_temperature import NOISE, errors_by_ratio
 from understudy.metrics import alignment, read_metrics, repeated_4grams, update_metrics
 from understudy.rollout_store import rollouts_path
 from understudy.runs import RunFolder
-from understudy.types import LossOutput, ScoredRollout, TokenSequence
+from understudy.teacher_scores import teacher_view
+from understudy.types import LossOutput, ScoredRollout, TokenSequence, TrainingExample
 
 if TYPE_CHECKING:
     from understudy.config import RunConfig
@@ -26,21 +28,33 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("understudy")
 
+# A teacher's name -> the model it is said to be, as a teacher of hidden states with a head; None where that is not at
+# hand, or is the teacher itself.
+WeightsOf = Callable[[str], Teacher | None]
+
 _AFTER = {
     "stop": "The last good update goes into a checkpoint. Mend the cause and go on with --resume, which may also "
     "change [guards]; without a checkpoint it begins anew.",
     "made": "These weights are not kept. Mend the cause and go on from the last checkpoint with --resume.",
 }
-# Rollouts that a message names, and those that the direction of an update is looked at on.
-NAMED, LOOKED_AT = 3, 32
+# Rollouts that a message names; those of each teacher that show its temperature; updates among which one is large
+# enough to have a direction: the first ones, before momentum mixes them.
+NAMED, PROBED, DIRECTED = 3, 4, 3
 
 
 class GuardWatch:
     """The guards of one run: ``inspect`` before an update, ``refuses`` when its gradient is known, ``record`` after
-    it."""
+    it. ``tell`` is called with every alarm as it is stored."""
 
-    def __init__(self, folder: RunFolder, config: RunConfig) -> None:
-        self._folder, self._config, self._guards = folder, config, config.guards
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        tell: Callable[[Mapping[str, Any]], None],
+        weights_of: WeightsOf | None = None,
+    ) -> None:
+        self._folder, self._config, self._guards, self._to_others = folder, config, config.guards, tell
+        self._weights_of = weights_of or (lambda name: None)
         sampling = config.sampling
         self._per_step = sampling.group_size * sampling.groups_per_batch
         path = folder.metrics.path
@@ -52,15 +66,58 @@ class GuardWatch:
         """``step``: the number that the row of the coming update will have."""
         self._step = step
         self._scored: Sequence[ScoredRollout] = ()
-        self._looked_at: Sequence[ScoredRollout] = ()
+        self._examples: Sequence[TrainingExample] = ()
         self._before: list[list[float]] = []
+        self._probed: dict[str, float] = {}
         self._told: set[str] = set()
         self._skipping: set[str] = set()
 
-    def inspect(self, row: Row, scored: Sequence[ScoredRollout]) -> None:
+    def inspect(
+        self, row: Row, scored: Sequence[ScoredRollout], examples: Sequence[TrainingExample], trainer: Trainer
+    ) -> None:
         """Judge what was written and marked, before the update. Raises GuardStop."""
         self._scored = scored
-        self._act(self._judge(row))
+        self._probed = self._temperature() if self._step == 1 else {}
+        self._act(self._judge({**row, **self._probed}))
+        if self._looks_for_direction and all(map(_follows_advantages, examples)):
+            self._examples, self._before = examples, _logprobs(trainer, examples)
+
+    def completed(self, row: Row, trainer: Trainer) -> Row:
+        """The row with what was found out about its marks and its update."""
+        made = "optim/loss" in row and not row.get("update/skipped")
+        if not made or not self._examples:
+            return {**row, **self._probed}
+        value = alignment(self._examples, self._before, _logprobs(trainer, self._examples))
+        return {**row, **self._probed, **({} if value is None else {"update/alignment": value})}
+
+    @property
+    def _looks_for_direction(self) -> bool:
+        unknown = self._step <= DIRECTED and not self._past.track("update/alignment").last
+        return unknown and self._guards.direction.action != "off"
+
+    def _temperature(self) -> dict[str, float]:
+        """teacher/temperature_ratio, of several teachers the one that is farthest off."""
+        if self._guards.temperature.action == "off":
+            return {}
+        ratios = [ratio for name in self._config.all_teachers if (ratio := self._temperature_ratio(name)) is not None]
+        return {"teacher/temperature_ratio": max(ratios, key=lambda ratio: abs(math.log(ratio)))} if ratios else {}
+
+    def _temperature_ratio(self, name: str) -> float | None:
+        """None where the teacher's weights are not at hand, or give other marks at every temperature: that is another
+        model, and may be meant."""
+        own = [s for s in self._scored if s.rollout.prompt.teacher == name and s.scores is not None][:PROBED]
+        try:
+            weights = self._weights_of(name) if own else None
+        except ConfigError as error:  # weights that the run itself does without are no reason to end it
+            log.info("guard temperature: teacher %s is not looked at: %s", name, first_line(error))
+            return None
+        if weights is None:
+            return None
+        marks = [s.scores.teacher_logprobs for s in own if s.scores is not None]
+        sequences = [teacher_view(s.rollout) for s in own]
+        errors = errors_by_ratio(marks, weights, sequences, temperature=self._config.sampling.temperature)
+        best = 1.0 if errors[1.0] <= NOISE else min(errors, key=lambda ratio: errors[ratio])
+        return best if errors[best] <= NOISE else None
 
     def refuses(self, metrics: Row) -> bool:
         """Whether the update whose metrics these are is not to be made. Raises GuardStop."""
@@ -79,25 +136,6 @@ class GuardWatch:
     def skips_what_is_not_finite(self) -> bool:
         """Whether that is why the update at hand is refused."""
         return "nonfinite" in self._skipping
-
-    def look_at(self, trainer: Trainer) -> None:
-        """Remember how likely the tokens of the coming update are; of the first updates only."""
-        if self._step > DIRECTED or not _follows_the_marks(self._config):
-            return
-        self._looked_at = [scored for scored in self._scored if scored.scores is not None][:LOOKED_AT]
-        self._before = self._logprobs(trainer)
-
-    def direction(self, trainer: Trainer, row: Row) -> dict[str, float]:
-        """Where the update of ``row`` moved the tokens that were looked at."""
-        made = "optim/loss" in row and not row.get("update/skipped")
-        value = alignment(self._looked_at, self._before, self._logprobs(trainer)) if made else None
-        return {} if value is None else {"update/alignment": value}
-
-    def _logprobs(self, trainer: Trainer) -> list[list[float]]:
-        """Of the tokens that are looked at."""
-        rollouts = [scored.rollout for scored in self._looked_at]
-        sequences = [TokenSequence(rollout.prompt.prompt_ids, rollout.completion_ids) for rollout in rollouts]
-        return trainer.compute_logprobs(sequences) if sequences else []
 
     def finite(self, row: Row) -> dict[str, Any]:
         """The row without numbers that are not finite, which only that of a skipped update may hold.
@@ -142,19 +180,19 @@ class GuardWatch:
 
     def _tell(self, finding: Finding, action: str) -> None:
         log.warning("%s", self._message(finding))
-        self._folder.alarms.append(
-            {
-                "step": self._step,
-                "guard": finding.guard,
-                "action": action,
-                "metric": finding.metric,
-                "value": finding.value if math.isfinite(finding.value) else None,
-                "limit": finding.limit if math.isfinite(finding.limit) else None,
-                "words": finding.words,
-                "causes": finding.causes,
-                "rollouts": self._rollouts(finding),
-            }
-        )
+        alarm = {
+            "step": self._step,
+            "guard": finding.guard,
+            "action": action,
+            "metric": finding.metric,
+            "value": finding.value if math.isfinite(finding.value) else None,
+            "limit": finding.limit if math.isfinite(finding.limit) else None,
+            "words": finding.words,
+            "causes": finding.causes,
+            "rollouts": self._rollouts(finding),
+        }
+        self._folder.alarms.append(alarm)
+        self._to_others(alarm)
 
     def _message(self, finding: Finding) -> str:
         return (
@@ -177,12 +215,13 @@ class GuardWatch:
         return {"file": file, "index": index, "prompt_index": self._scored[index].rollout.prompt.index}
 
 
-def _follows_the_marks(config: RunConfig) -> bool:
-    """Whether an update is meant to move every token towards its own mark, and towards nothing else."""
-    own = config.objective
-    plain = own.control == "none" and own.anchor_coef == 0 and own.extrapolation == 1 and own.kl_coef > 0
-    each = own.discount == 0 and own.tokens == type(own.tokens)()
-    return plain and each and config.reward_coef == 0 and config.guards.direction.action != "off"
+def _follows_advantages(own: TrainingExample) -> bool:
+    """Whether a policy loss is all that the example teaches."""
+    return own.advantages is not None and own.teacher_hidden is own.reference_hidden is own.topk_ids is None
+
+
+def _logprobs(trainer: Trainer, examples: Sequence[TrainingExample]) -> list[list[float]]:
+    return trainer.compute_logprobs([TokenSequence(own.prompt_ids, own.completion_ids) for own in examples])
 
 
 def _named(rollouts: Sequence[Mapping[str, Any]]) -> str:
@@ -216,7 +255,7 @@ _RANKS: Mapping[str, Callable[[ScoredRollout], float | None]] = {
     "repetition": lambda own: repeated_4grams(own.rollout.completion_ids) / len(own.rollout.completion_ids),
     # These belong to no completion in particular.
     "ratio": lambda own: None,
-    "sharpness": lambda own: None,
+    "temperature": lambda own: None,
     "direction": lambda own: None,
     "teacher/rejected_first_share": lambda own: own.scores and -own.scores.teacher_logprobs[0],
     "teacher/rejected_end_share": lambda own: (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
@@ -16,16 +17,18 @@ from understudy.config_guards import GuardsConfig
 
 # Steps that make a start, and a present; steps in a row whose lowest mean a rise is measured from.
 START, RECENT, SMOOTH = 3, 3, 5
-# Updates that the median of the gradient's norm is taken over, and the least that make one.
-WINDOW, LEAST_WINDOW = 50, 5
+# Values that are remembered, and gradients that say how large one may be.
+WINDOW, LEAST_WINDOW = 50, 20
+# Nats per token of reverse KL below which a student writes as its teacher does.
+NEAR = 0.1
+# A rise has to stand out from how much a metric jumps from step to step, by so many standard errors.
+ERRORS = 3.0
+# Of a Gaussian with a standard deviation of one: the median of |difference of two values|.
+_MEDIAN_CHANGE = 0.9539
 # A share of completions is judged over at least so many, and over so many finished ones.
 LEAST_COMPLETIONS, LEAST_FINISHED = 16, 8
 # An episode is over when its guard has been quiet for so many steps.
 QUIET = 10
-# Steps in which sharpness is judged.
-EARLY = 5
-# Updates whose direction is looked at: the first ones, before momentum mixes them.
-DIRECTED = 3
 
 Row = Mapping[str, Any]
 
@@ -70,6 +73,13 @@ class Track:
         """Mean of the last ``count`` values, ``value`` being the newest; None where there are fewer."""
         values = (*self.last, value)[-count:]
         return fmean(values) if len(values) == count else None
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of one value, by the median of the changes from each to the next: a trend, or a single
+        leap, hardly counts. 0 before there are two."""
+        changes = [abs(b - a) for a, b in pairwise(self.last)]
+        return median(changes) / _MEDIAN_CHANGE if changes else 0.0
 
 
 @dataclass(frozen=True)
@@ -133,11 +143,13 @@ def _reverse_kl(config: GuardsConfig, past: Past, row: Row, per_step: int) -> It
         yield Finding("reverse_kl", metric, level, own.level, words, CAUSES["level"])
     recent = track.mean(value, RECENT)
     if recent is not None and track.lowest is not None:
-        limit = own.rise * max(track.lowest, 0.0) + own.slack
+        noise = ERRORS * track.noise * math.sqrt(1 / RECENT + 1 / SMOOTH)
+        limit = own.rise * max(track.lowest, 0.0) + own.slack + noise
         if recent > limit:
             words = (
                 f"{metric} is {recent:.3g} nats per token{_over(RECENT)}, above {limit:.3g}: reverse_kl.rise = "
-                f"{own.rise:g} times {track.lowest:.3g}, its lowest mean of {SMOOTH} steps, plus {own.slack:g}"
+                f"{own.rise:g} times {track.lowest:.3g}, its lowest mean of {SMOOTH} steps, plus {own.slack:g} and "
+                f"{noise:.3g} for its noise"
             )
             yield Finding("reverse_kl", metric, recent, limit, words, CAUSES["reverse_kl"])
 
@@ -145,17 +157,34 @@ def _reverse_kl(config: GuardsConfig, past: Past, row: Row, per_step: int) -> It
 def _entropy(config: GuardsConfig, past: Past, row: Row, per_step: int) -> Iterator[Finding]:
     own, metric = config.entropy, "entropy/sampled"
     start, recent = _start_and_recent(past, row, metric)
-    if start is None or recent is None:
+    if start is None or recent is None or _nearer(past, row):
         return
+    rewarded = _reward_change(past, row)
     for name, factor, slack, sign in (("collapse", own.collapse, 0.0, -1), ("explosion", own.explosion, own.slack, 1)):
         limit = factor * start + slack
-        if sign * (recent - limit) > 0:
+        # What pays is no fault; and a search that costs nothing is none either.
+        excused = rewarded is not None and (rewarded[0] > 0 or (sign > 0 and rewarded[0] > -rewarded[1]))
+        if sign * (recent - limit) > 0 and not excused:
             words = (
                 f"{metric} is {recent:.3g} nats per token{_over(RECENT)}, {'above' if sign > 0 else 'below'} "
                 f"{limit:.3g}: entropy.{name} = {factor:g} times {start:.3g} of the first {START} steps"
                 f"{f', plus {slack:g}' if slack else ''}"
             )
             yield Finding("entropy", metric, recent, limit, words, CAUSES[name])
+
+
+def _nearer(past: Past, row: Row) -> bool:
+    """Whether the student has come clearly nearer to its teacher: that of a sure one becomes sure itself."""
+    start, recent = _start_and_recent(past, row, "reverse_kl/mean")
+    return start is not None and recent is not None and recent < max(start / 2, NEAR)
+
+
+def _reward_change(past: Past, row: Row) -> tuple[float, float] | None:
+    """(recent mean reward minus that of the start, what of it may be noise); None without rewards."""
+    start, recent = _start_and_recent(past, row, "reward/mean")
+    if start is None or recent is None:
+        return None
+    return recent - start, ERRORS * past.track("reward/mean").noise * math.sqrt(2 / RECENT)
 
 
 def _length(config: GuardsConfig, past: Past, row: Row, per_step: int) -> Iterator[Finding]:
@@ -204,13 +233,13 @@ def _gradient(config: GuardsConfig, past: Past, row: Row, per_step: int) -> Iter
     value, known = row.get(metric), past.track(metric).last
     if value is None or not math.isfinite(value) or len(known) < LEAST_WINDOW:
         return
-    middle = median(known)
-    if 0 < factor * middle < value:
+    largest = max(known)
+    if 0 < factor * largest < value:
         words = (
-            f"{metric} is {value:.3g}, above {factor * middle:.3g}: gradient.factor = {factor:g} times {middle:.3g}, "
-            f"the median of the last {len(known)} updates"
+            f"{metric} is {value:.3g}, above {factor * largest:.3g}: gradient.factor = {factor:g} times {largest:.3g}, "
+            f"the largest of the last {len(known)} updates"
         )
-        yield Finding("gradient", metric, value, factor * middle, words, CAUSES["gradient"])
+        yield Finding("gradient", metric, value, factor * largest, words, CAUSES["gradient"])
 
 
 def _nonfinite(config: GuardsConfig, past: Past, row: Row, per_step: int) -> Iterator[Finding]:
@@ -251,39 +280,28 @@ def _agreement(config: GuardsConfig, past: Past, row: Row, per_step: int) -> Ite
             yield Finding("agreement", metric, value, limit, words, CAUSES[place])
 
 
-def _sharpness(config: GuardsConfig, past: Past, row: Row, per_step: int) -> Iterator[Finding]:
-    own, metric = config.sharpness, "teacher/sharpness"
-    value, steps, track = row.get(metric), _steps(LEAST_COMPLETIONS, per_step), past.track(metric)
-    mean = None if value is None else track.mean(value, steps)
-    # Later it says what training has made of the student.
-    if mean is None or len(track.last) >= max(EARLY, steps):
+def _temperature(config: GuardsConfig, past: Past, row: Row, per_step: int) -> Iterator[Finding]:
+    metric, apart = "teacher/temperature_ratio", config.temperature.apart
+    value = row.get(metric)
+    if value is None or abs(value - 1) <= apart:
         return
-    for name, limit, beyond in (("low", own.low, mean < own.low), ("high", own.high, mean > own.high)):
-        if beyond:
-            words = (
-                f"{metric} is {mean:.3g}{_over(steps)}: the teacher's log-odds of likely tokens are {mean:.3g} times "
-                f"the student's; sharpness.{name} = {limit:g}"
-            )
-            yield Finding("sharpness", metric, mean, limit, words, CAUSES[name])
+    limit = 1 + math.copysign(apart, value - 1)
+    words = (
+        f"{metric} is {value:.3g}: marks are those of teacher.model at {value:.3g} times the temperature that the "
+        f"student samples at; temperature.apart = {apart:g}"
+    )
+    yield Finding("temperature", metric, value, limit, words, CAUSES["temperature"])
 
 
 def _direction(config: GuardsConfig, past: Past, row: Row, per_step: int) -> Iterator[Finding]:
-    metric, least = "update/alignment", config.direction.least
-    value, before = row.get(metric), past.track(metric).last
-    if value is None:
-        return
-    # One update alone may be noise, unless it goes the other way.
-    mean, limit = fmean((*before, value)), least if before else -least
-    if mean < limit:
+    metric, limit = "update/alignment", -config.direction.opposed
+    value = row.get(metric)
+    if value is not None and value < limit:
         words = (
-            f"{metric} is {mean:.3g} over {_count(len(before) + 1)}, below {limit:g} (direction.least): what they made "
-            "likelier is not what the teacher likes better"
+            f"{metric} is {value:.3g}, below {limit:g} (direction.opposed): the update makes less likely what its "
+            "advantages favour"
         )
-        yield Finding("direction", metric, mean, limit, words, CAUSES["direction"])
-
-
-def _count(updates: int) -> str:
-    return "one update" if updates == 1 else f"{updates} updates"
+        yield Finding("direction", metric, value, limit, words, CAUSES["direction"])
 
 
 def _start_and_recent(past: Past, row: Row, metric: str) -> tuple[float | None, float | None]:
@@ -311,7 +329,7 @@ def _over(steps: int) -> str:
 _LOOKS: Mapping[str, Callable[[GuardsConfig, Past, Row, int], Iterator[Finding]]] = {
     "nonfinite": _nonfinite,
     "agreement": _agreement,
-    "sharpness": _sharpness,
+    "temperature": _temperature,
     "direction": _direction,
     "reverse_kl": _reverse_kl,
     "entropy": _entropy,
@@ -323,6 +341,7 @@ _LOOKS: Mapping[str, Callable[[GuardsConfig, Past, Row, int], Iterator[Finding]]
 }
 TRACKED = (
     "reverse_kl/mean",
+    "reward/mean",
     "entropy/sampled",
     "completion_length/mean",
     "truncated/share",
@@ -331,7 +350,6 @@ TRACKED = (
     "teacher/rejected_share",
     "teacher/rejected_first_share",
     "teacher/rejected_end_share",
-    "teacher/sharpness",
     "update/alignment",
 )
 """Metrics that are remembered."""
@@ -357,10 +375,7 @@ CAUSES: Mapping[str, str] = {
     "first": "another chat template or thinking mode than the teacher was trained with, a missing or doubled begin "
     "token",
     "end": "another end token than the teacher's: compare sampling.stop_token_ids with its generation_config.json",
-    "low": "a teacher that is scored at a higher temperature than the student samples at; or one that knows this text "
-    "less well than the student",
-    "high": "a teacher that is scored at a lower temperature than the student samples at; or one that knows this text "
-    "far better than the student",
-    "direction": "the sign of the signal or of the loss; a loss whose gradient does not depend on the teacher, as that "
-    "of log p - log q; a learning rate far too high",
+    "temperature": "a server that scores at a temperature of its own, or after processing its logits; a teacher that "
+    "divides them itself",
+    "direction": "the sign of the signal or of the loss, turned round between the advantages and the gradient",
 }

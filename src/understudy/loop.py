@@ -40,7 +40,7 @@ def on_policy_loop(parts: Parts, recorder: Recorder) -> None:
     with closing(ahead(steps, [write, mark], lag=lag, cancel=parts.cancel)) as marked:
         for step, (scored, examples, row) in marked:
             recorder.keep_rollouts(step, scored, examples)
-            recorder.inspect(row, scored)
+            recorder.inspect(row, scored, examples)
 
             # 4. One optimizer step over all of them, in micro-batches.
             rate, reduction = learning_rate_at(config.optim, step), config.objective.reduction

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -14,18 +13,18 @@ import numpy as np
 from understudy.checkpoints import flush, write_atomic, writing
 from understudy.config_objective import ObjectiveConfig
 from understudy.divergences import KINDS
+from understudy.errors import ConfigError, first_line
+from understudy.json_text import parsed
 from understudy.statistics import ratio_and_error
-from understudy.types import Rollout, ScoredRollout, Scores
+from understudy.types import Rollout, ScoredRollout, Scores, TrainingExample
 
 _DEFAULTS = ObjectiveConfig()
-# log q below which the teacher finds a token impossible; log p above which the student finds it likely.
-IMPOSSIBLE, LIKELY = math.log(1e-3), math.log(0.5)
-# Of a correlation between tokens that is known to 0.1.
-LEAST_TOKENS = 100
+# log q below which the teacher finds a token impossible.
+IMPOSSIBLE = math.log(1e-3)
 
 
 class MetricsLog:
-    """metrics.jsonl: one object per step, each line flushed as it is written."""
+    """metrics.jsonl, or another file of objects with a step: one object per line, flushed as it is written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -34,6 +33,14 @@ class MetricsLog:
         """Add a step's row. Raises RunError when it cannot be written."""
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(dict(row), allow_nan=False) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All objects; a half-written last line is left out. Raises ConfigError for one without a step."""
+        return _rows_of_steps(self.path) if self.path.exists() else []
+
+    def replace_last(self, row: Mapping[str, Any]) -> None:
+        """Put another row in the newest one's place. Raises RunError when it cannot be written."""
+        self._write([*read_metrics(self.path)[:-1], row])
 
     def flush(self) -> None:
         """Force it to disk, if there is one. Raises RunError when it cannot be."""
@@ -44,17 +51,40 @@ class MetricsLog:
     def truncate_after(self, step: int) -> None:
         """Drop rows of later steps, and a last line cut by a crash: they will be written again."""
         if self.path.exists():
-            rows = [row for row in read_metrics(self.path) if row["step"] <= step]
-            write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+            self._write([row for row in self.rows() if row["step"] <= step])
+
+    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        write_atomic(self.path, "".join(json.dumps(dict(row), allow_nan=False) + "\n" for row in rows))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows in order; a half-written last line is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
+    """Rows in order; a half-written last line is left out. Raises ConfigError for one that is no row of a step."""
+    rows = _rows_of_steps(path)
+    for number, row in enumerate(rows, 1):
+        if odd := [name for name, value in row.items() if type(value) not in (int, float)]:
+            raise _no_row(path, number, f"{odd[0]} = {row[odd[0]]!r}")
     return rows
+
+
+def _rows_of_steps(path: Path) -> list[dict[str, Any]]:
+    """Objects with a step, in order; a half-written last line is left out. Raises ConfigError for another line."""
+    rows = []
+    *lines, _ = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            row = parsed(line)
+            got = repr(row)
+        except ValueError as error:
+            row, got = None, first_line(error)
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise _no_row(path, number, got)
+        rows.append(row)
+    return rows
+
+
+def _no_row(path: Path, number: int, got: str) -> ConfigError:
+    expected, remedy = 'numbers of a step, {"step": 1, ...}', "put the file back from a copy, or delete that line"
+    return ConfigError(f"{path}:{number}", got=got, expected=expected, remedy=remedy)
 
 
 def rollout_metrics(
@@ -127,56 +157,42 @@ def _parts(scored: Sequence[ScoredRollout]) -> dict[str, float]:
 
 
 def agreement_metrics(scored: Sequence[ScoredRollout]) -> dict[str, float]:
-    """Where the teacher finds impossible what the student wrote, and how sure it is beside the student."""
+    """Where the teacher finds impossible what the student wrote."""
     marked = [(s.rollout, s.scores.teacher_logprobs) for s in scored if s.scores is not None]
     if not marked:
         return {}
     ends = [marks[-1] for rollout, marks in marked if rollout.finish_reason == "stop"]
     shares = {"": [q for _, marks in marked for q in marks], "first_": [marks[0] for _, marks in marked], "end_": ends}
-    metrics = {
+    return {
         f"teacher/rejected_{place}share": sum(q < IMPOSSIBLE for q in marks) / len(marks)
         for place, marks in shares.items()
         if marks
     }
-    pairs = [pair for rollout, marks in marked for pair in zip(rollout.sampler_logprobs, marks, strict=True)]
-    likely = [(_log_odds(p), _log_odds(q)) for p, q in pairs if p > LIKELY]
-    if likely:
-        metrics["teacher/sharpness"] = median(q for _, q in likely) / median(p for p, _ in likely)
-    return metrics
-
-
-def _log_odds(logprob: float) -> float:
-    """log(p / (1 - p)); a p that rounds to 1 counts as 1 - 1e-8, a little nearer than float32 can tell."""
-    logprob = min(logprob, -1e-8)
-    return logprob - math.log(-math.expm1(logprob))
 
 
 def alignment(
-    scored: Sequence[ScoredRollout], before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]
+    examples: Sequence[TrainingExample], before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]
 ) -> float | None:
-    """Partial correlation, over tokens, of an update's change in log p with the teacher's log q, given log p before it:
-    what log p alone explains (likely tokens hardly move) is taken out of both. ``before``, ``after``: the trainer's
-    log-probabilities. A wrong sign turns it round; an update that does not look at the teacher leaves nothing of it.
+    """Cosine, over the tokens that train, of an update's change in log p with the advantages that it followed: what the
+    policy gradient climbs is their product's sum, so that the first step of gradient descent, and of Adam, makes it
+    positive; a wrong sign turns it round. ``before``, ``after``: the trainer's log-probabilities.
 
-    None where fewer than ``LEAST_TOKENS`` are marked, or where they moved less than three times as far as trainer and
-    sampler lie apart about the same weights: that is rounding.
+    None without advantages, and where tokens moved less than three times as far as trainer and sampler lie apart about
+    the same weights: that is rounding.
     """
     rows = [
-        (own.rollout.sampler_logprobs, own.scores.teacher_logprobs, old, new)
-        for own, old, new in zip(scored, before, after, strict=True)
-        if own.scores is not None
+        (own.loss_mask, own.advantages, own.weights or [1.0] * len(old), own.sampler_logprobs, old, new)
+        for own, old, new in zip(examples, before, after, strict=True)
+        if own.advantages is not None and own.sampler_logprobs is not None
     ]
-    if sum(len(old) for _, _, old, _ in rows) < LEAST_TOKENS:
+    if not rows:
         return None
-    sampler, teacher, start, end = (np.concatenate([row[column] for row in rows]) for column in range(4))
-    moves, noise = end - start, start - sampler
+    mask, advantages, weights, sampler, start, end = (np.concatenate([row[i] for row in rows]) for i in range(6))
+    wished, moves, noise = (x[mask] for x in (advantages * weights, end - start, start - sampler))
     if not moves @ moves > 9 * (noise @ noise):
         return None
-    p = np.exp(start)
-    known = np.stack([np.ones_like(start), start, start**2, p, p * start], axis=1)
-    moved, wished = (y - known @ np.linalg.lstsq(known, y, rcond=None)[0] for y in (moves, teacher))
-    size = math.sqrt((moved @ moved) * (wished @ wished))
-    return float(moved @ wished) / size if size > 0 else None
+    size = math.sqrt((moves @ moves) * (wished @ wished))
+    return float(moves @ wished) / size if size > 0 else None
 
 
 def _gaps(marked: Sequence[tuple[Rollout, Scores | None]]) -> list[float]:

@@ -103,6 +103,7 @@ def unreadable(
             f"{role} model {model}",
             got="a model that brings Python code of its own (auto_map), which was not run",
             expected="a model that transformers knows, or your word that this code may run",
-            remedy=f"read the code; then set {role}.trust_remote_code = true, and it runs with your rights",
+            remedy=f"read the code; then set {role}.trust_remote_code = true, and it runs with your rights "
+            f"(understudy score --trust-remote-code {role}; understudy serve teacher --trust-remote-code)",
         )
     return ConfigError(f"{role} model {model}", got=note + first_line(error), expected=expected, remedy=remedy)

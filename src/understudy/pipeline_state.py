@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 
 from understudy.checkpoints import write_json
-from understudy.config_base import Section
+from understudy.config_base import Section, usable_path
 from understudy.config_pipeline import GateConfig, PhaseMethod, PipelineConfig, runs_of
-from understudy.errors import ConfigError
+from understudy.errors import ConfigError, first_line
 from understudy.locking import LOCK_FILE, lock_folder
 from understudy.runs import RESUMABLE, flat
 
@@ -56,6 +56,8 @@ class PhaseRecord(Section):
     """The same after its last."""
     gates: tuple[GateOutcome, ...] = ()
     outcome: Literal["kept", "rolled_back", "stopped"] = "kept"
+
+    _usable_folder = field_validator("folder")(usable_path)
 
     @property
     def student(self) -> str:
@@ -125,8 +127,10 @@ def load_state(path: Path) -> PipelineState:
     file = path / STATE_FILE
     try:
         return PipelineState.model_validate_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValidationError) as error:
-        got = str(error) if isinstance(error, OSError) else f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
+    except (OSError, ValueError) as error:
+        got = first_line(error)
+        if isinstance(error, ValidationError):
+            got = f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
         raise ConfigError(
             f"pipeline {file}",
             got=got,

@@ -52,13 +52,15 @@ class Checked:
         return self.student.tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
-def check_run(config: RunConfig, method: Method, *, grader: Grader | None = None) -> Checked:
+def check_run(
+    config: RunConfig, method: Method, *, grader: Grader | None = None, brought: frozenset[str] = frozenset()
+) -> Checked:
     """Raise ConfigError for anything in ``config`` that cannot work for ``method``; else what was read on the way.
 
-    ``grader`` stands in for [reward].
+    ``grader`` stands in for [reward]; ``brought``: roles whose configured weights are not read.
     """
     check_sections(config, method, brought_grader=grader is not None)
-    check_machine(config, method)
+    check_machine(config, method, brought=brought)
     check_counts(config, method)
     if grader is None and config.reward and method in ("distill", "rl"):
         grader = grader_of(config.reward)
@@ -98,8 +100,9 @@ def check_run(config: RunConfig, method: Method, *, grader: Grader | None = None
     )
 
 
-def check_machine(config: RunConfig, method: Method) -> None:
-    """Raise ConfigError for what this machine lacks: devices that are named, and the package that adapters need."""
+def check_machine(config: RunConfig, method: Method, *, brought: frozenset[str] = frozenset()) -> None:
+    """Raise ConfigError for what this machine lacks: devices that are named, packages that adapters and trackers need,
+    and weights, but for those of roles that are ``brought``."""
     teachers = [*config.all_teachers.values()] if method == "distill" else []
     teachers += [config.reference] if config.reference and method in ("distill", "rl") else []
     models = [config.teacher] if method == "generate" and config.teacher else [config.student, *teachers]
@@ -114,9 +117,18 @@ def check_machine(config: RunConfig, method: Method) -> None:
             expected="peft, for adapters",
             remedy='pip install "understudy[lora]"',
         )
+    trackers = config.tracking.trackers if method in ("distill", "rl", "sft") else ()
+    for name in trackers:  # each is the name of its package too
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"tracking.trackers: {name}",
+                got=f"the package `{name}` is not installed",
+                expected="the packages of all trackers that are named",
+                remedy=f'pip install "understudy[{name}]"',
+            )
     for model in models:
-        if getattr(model, "url", None) is None:
-            role = "student" if model is config.student else "reference" if model is config.reference else "teacher"
+        role = "student" if model is config.student else "reference" if model is config.reference else "teacher"
+        if getattr(model, "url", None) is None and role not in brought:
             check_weights(model.model, role)
 
 

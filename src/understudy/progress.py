@@ -2,79 +2,83 @@
 
 from __future__ import annotations
 
-import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from understudy.backends.protocols import Sampler
 from understudy.config import SamplingConfig
+from understudy.live.frame import View
+from understudy.live.lines import StepLines
+from understudy.live.screen import LiveView, Stop, can_redraw
+from understudy.live.track import Track
 from understudy.types import Prompt, Rollout
-
-_SHOWN = {
-    "reverse_kl/full": "reverse KL {:.3f}",
-    "reverse_kl/mean": "reverse KL {:.3f}",
-    "reward/mean": "reward {:.3f}",
-    "optim/loss": "loss {:.3f}",
-    "completion_length/mean": "length {:.0f}",
-}
 
 
 class StepProgress:
-    """A live bar on a terminal; elsewhere (logs, pipes) a line every ten seconds and after evaluations."""
+    """A live view on a terminal; elsewhere (logs, pipes) a line every ten seconds and after evaluations.
 
-    def __init__(self, name: str, *, first_step: int, num_steps: int, quiet: bool = False) -> None:
-        self._name, self._first, self._total = name, first_step, num_steps
-        self._quiet = quiet
-        self._console = Console(stderr=True)
-        self._bar = self._make_bar() if self._console.is_terminal and not quiet else None
-        self._start = self._last_line = time.monotonic()
+    ``title`` says what runs where, ``history`` are the rows and ``alarm`` the newest alarm of a run that goes on;
+    ``stop`` is the request that a signal makes: on a terminal the view says that it was heard.
+    """
 
-    def _make_bar(self) -> Progress:
-        columns = (
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        bar = Progress(*columns, console=self._console)
-        self._task = bar.add_task(self._name, total=self._total, completed=self._first, note="")
-        bar.start()
-        return bar
+    def __init__(
+        self,
+        name: str,
+        *,
+        first_step: int,
+        num_steps: int,
+        quiet: bool = False,
+        title: str = "",
+        history: Sequence[Mapping[str, Any]] = (),
+        alarm: Mapping[str, Any] | None = None,
+        stop: Stop | None = None,
+    ) -> None:
+        console = Console(stderr=True)
+        track = Track(title or name, name, num_steps)
+        for row in history:
+            track = track.with_row(row)
+        # The clock of the first step starts here.
+        first = track.points[-1].row if track.done == first_step and track.points else {"step": first_step}
+        self._track = track.with_row(first, time.monotonic())
+        live = not quiet and can_redraw(console)
+        self._view = LiveView(console, self._track, View(alarm=alarm), stop) if live else None
+        self._lines = None if live or quiet else StepLines(console.file)
+
+    def start(self) -> None:
+        """Take the terminal, where there is one. Whoever does must ``close``, whatever happens in between."""
+        if self._view is not None:
+            self._view.start()
 
     def update(self, row: Mapping[str, Any]) -> None:
         """Show a step's row of metrics."""
-        step = int(row["step"])
-        note = summary(row)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, note=note)
-            return
-        now = time.monotonic()
-        due = now - self._last_line > 10 or step == self._total or any(k.startswith("eval/") for k in row)
-        if due and not self._quiet:
-            self._last_line = now
-            rate = (step - self._first) / max(1e-9, now - self._start)
-            left = f", {(self._total - step) / rate:.0f} s left" if rate else ""
-            print(f"{self._name} step {step}/{self._total}{left}  {note}", file=sys.stderr, flush=True)
+        if self._view is not None:
+            self._view.show_row(row)
+        elif self._lines is not None:
+            self._track = self._track.with_row(row, time.monotonic())
+            self._lines.show(self._track)
+
+    def show_alarm(self, alarm: Mapping[str, Any]) -> None:
+        """Show a guard's alarm, on a terminal; logs have it as a line of their own."""
+        if self._view is not None:
+            self._view.show_alarm(alarm)
+
+    def show_sample(self, record: Mapping[str, Any]) -> None:
+        """Show a stored rollout, on a terminal."""
+        if self._view is not None:
+            self._view.show_sample(record)
+
+    def saying(self, note: str) -> AbstractContextManager[None]:
+        """Name what goes on inside the block, on a terminal."""
+        return nullcontext() if self._view is None else self._view.saying(note)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
-        if self._bar is not None:
-            self._bar.stop()
+        if self._view is not None:
+            self._view.close()
 
 
 class ProgressSampler:
@@ -87,6 +91,7 @@ class ProgressSampler:
         self._sampler = sampler
         self._done = done
         self._progress = StepProgress(name, first_step=done, num_steps=num_prompts, quiet=quiet)
+        self._progress.start()
 
     def set_policy_version(self, version: int) -> None:
         """See ``Sampler.set_policy_version``."""
@@ -110,16 +115,3 @@ class ProgressSampler:
 def piece_size(sampling: SamplingConfig) -> int:
     """Prompts in a piece: two batches, so that prompts of like lengths can decode together."""
     return max(1, 2 * sampling.max_batch_rows // sampling.group_size)
-
-
-def summary(row: Mapping[str, Any]) -> str:
-    """The few numbers of a row that tell how a run goes."""
-    parts = []
-    for name, form in _SHOWN.items():
-        shown = form.format(row[name]) if name in row else ""
-        if shown and not any(part.split()[:-1] == shown.split()[:-1] for part in parts):
-            parts.append(shown)
-    for name, value in row.items():
-        if re.fullmatch(r"eval/[^/]+/(greedy|t[\d.e+-]+)", name):  # the means: no errors, shares or details
-            parts.append(f"{name.removeprefix('eval/')} {value:.3f}")
-    return "  ".join(parts)

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from understudy.backends.protocols import Teacher, Trainer
 from understudy.checkpoints import checkpoint_path
 from understudy.errors import GuardStop, NonFiniteError, ServerUnavailable, UnderstudyError
-from understudy.guard_actions import GuardedTrainer, GuardWatch
+from understudy.guard_actions import GuardedTrainer, GuardWatch, WeightsOf
+from understudy.live.follow import title_of
 from understudy.progress import StepProgress
 from understudy.rollout_store import rollout_record
 from understudy.runs import RunFolder
 from understudy.stopping import StopRequest
 from understudy.teacher_scores import score_reachable
 from understudy.tokenization import ModelText
+from understudy.trackers import Trackers
 from understudy.types import Rollout, ScoredRollout, Scores, TokenSequence, TopkScores, TrainingExample
 
 if TYPE_CHECKING:
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 
 
 class Recorder:
-    """The loops' only door to disk and screen. ``evaluate`` returns eval/... metrics of the current weights."""
+    """The loops' only door to disk and screen. ``evaluate`` returns eval/... metrics of the current weights;
+    ``weights_of`` is for the guards."""
 
     def __init__(
         self,
@@ -36,40 +39,66 @@ class Recorder:
         student: ModelText,
         evaluate: Callable[[], Mapping[str, float]],
         stop: StopRequest,
+        trackers: Trackers,
         may_be_away: frozenset[str] = frozenset(),
+        weights_of: WeightsOf | None = None,
         quiet: bool = False,
     ) -> None:
         self._folder, self._config, self._trainer, self._teachers = folder, config, trainer, teachers
         self._student, self._evaluate, self._stop = student, evaluate, stop
-        self._may_be_away = may_be_away
-        self._watch = GuardWatch(folder, config)
+        self._trackers, self._may_be_away = trackers, may_be_away
+        self._watch = GuardWatch(folder, config, self._tell, weights_of)
         self.first_step = folder.first_step
         self.last_step = folder.first_step
         self.last_row: dict[str, Any] = folder.last_row()
         self.interrupted_at: int | None = None
+        self._sent = folder.first_step
         self._progress = StepProgress(
-            folder.method, first_step=self.first_step, num_steps=config.optim.num_steps, quiet=quiet
+            folder.method,
+            first_step=self.first_step,
+            num_steps=config.optim.num_steps,
+            quiet=quiet,
+            title=title_of(folder.path, folder.method),
+            history=folder.rows(),
+            alarm=folder.last_alarm(),
+            stop=stop,
         )
 
     def start(self) -> None:
-        """Evaluate the untrained student, once per run; or the student that a run could not evaluate before it
-        ended."""
+        """Begin to show and to track; evaluate the untrained student, once per run, or the student that a run could not
+        evaluate before it ended."""
+        rows = self._folder.rows() if self._folder.checkpoint else []
+        self._trackers.start(rows[:-1] if self._folder.owes_evaluation else rows)  # every row once, and whole
+        self._progress.start()
         if self._folder.checkpoint is None and self._config.evaluation.tasks:
-            measured = self._evaluate()
+            with self._progress.saying("evaluating"):
+                measured = self._evaluate()
             with self._stop.whole():
                 row = self._folder.record(0, measured)
-            self._progress.update(row)
+            self._show(row)
         elif self._folder.owes_evaluation:
             self._amend()
+            self._show(self.last_row)
+
+    def _show(self, row: Mapping[str, Any]) -> None:
+        """A row that is whole, its evaluation in it."""
+        self._progress.update(row)
+        self._trackers.log(row)
+        self._sent = row["step"]
+
+    def _tell(self, alarm: Mapping[str, Any]) -> None:
+        self._progress.show_alarm(alarm)
+        self._trackers.log_alarm(alarm)
 
     def guarded(self, trainer: Trainer) -> Trainer:
         """``trainer``, whose updates the guards look at first."""
         return GuardedTrainer(trainer, self._watch)
 
-    def inspect(self, row: Mapping[str, Any], scored: Sequence[ScoredRollout]) -> None:
+    def inspect(
+        self, row: Mapping[str, Any], scored: Sequence[ScoredRollout], examples: Sequence[TrainingExample]
+    ) -> None:
         """Let the guards see what was written and marked. Raises GuardStop, before anything is learnt from it."""
-        self._watch.inspect(row, scored)
-        self._watch.look_at(self._trainer)
+        self._watch.inspect(row, scored, examples, self._trainer)
 
     def record(self, step: int, row: Mapping[str, Any]) -> None:
         """Log an update as soon as it is made. From here on the run can go on after it, whatever fails next.
@@ -77,7 +106,7 @@ class Recorder:
         Raises GuardStop, with the row in place.
         """
         self._stop.hold()  # as it has been since the update, where one was made
-        row = self._watch.finite({**row, **self._watch.direction(self._trainer, row)})
+        row = self._watch.finite(self._watch.completed(row, self._trainer))
         self.last_row, self.last_step = self._folder.record(step, row), step
         self._watch.record(row)
         self._stop.release()
@@ -88,7 +117,7 @@ class Recorder:
         last = step == config.optim.num_steps
         if self._folder.evaluation_is_due(step):
             self._amend()
-        self._progress.update(self.last_row)
+        self._show(self.last_row)
         if last or self._stop.requested or step % config.checkpoints.every == 0:
             self._save()
         if self._stop.requested and not last:
@@ -118,13 +147,14 @@ class Recorder:
 
     def _amend(self) -> None:
         """Evaluate, and add what was found to the newest row."""
-        measured = self._evaluate()
+        with self._progress.saying("evaluating"):
+            measured = self._evaluate()
         with self._stop.whole():
             self.last_row = self._folder.amend(measured)
 
     def _save(self) -> None:
         start = time.perf_counter()
-        with self._stop.whole():
+        with self._progress.saying("saving a checkpoint"), self._stop.whole():
             self._folder.save_checkpoint(self.last_step, self._trainer, self._student.tokenizer)
             self._stop.saved_in(time.perf_counter() - start)
 
@@ -140,13 +170,14 @@ class Recorder:
             alternatives = self._alternatives_of([s.rollout for s in kept], topk)
         logprobs = self._trainer.compute_logprobs(sequences)
         columns = zip(kept, examples[: len(kept)], logprobs, alternatives, strict=True)
-        self._folder.save_rollouts(
-            step,
-            [
-                self._record(step, number % self._config.sampling.group_size, *column)
-                for number, column in enumerate(columns)
-            ],
-        )
+        records = [
+            self._record(step, number % self._config.sampling.group_size, *column)
+            for number, column in enumerate(columns)
+        ]
+        self._folder.save_rollouts(step, records)
+        if records:
+            self._progress.show_sample(records[0])
+            self._trackers.log_samples(step, records)
 
     def _alternatives_of(self, rollouts: Sequence[Rollout], topk: int) -> Sequence[Scores | None]:
         """None for those of a teacher that is away, and may be: what pages show stops no run."""
@@ -186,5 +217,8 @@ class Recorder:
         )
 
     def close(self) -> None:
-        """End the progress display."""
+        """End the display. An update that the run ended after is sent to the trackers, unless it is evaluated on
+        --resume: they get every row once."""
+        if self.last_step > self._sent and not self._folder.evaluation_is_due(self.last_step):
+            self._trackers.log(self.last_row)
         self._progress.close()

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from understudy.checkpoints import (
+    STATE_FILE,
     newest_state,
     remove_partial,
     save_checkpoint,
@@ -55,6 +56,7 @@ RESUMABLE = (
     "evaluation",
     "rollouts",
     "guards",
+    "tracking",
 )
 
 # How a server is reached may change too: a run goes on when its teacher has moved.
@@ -111,7 +113,8 @@ class RunFolder:
         self.first_step, self.checkpoint, self.state, damaged = newest_state(self.checkpoints_path)
         for path, what in damaged.items():
             log.warning("checkpoint %s is damaged (%s): going on after step %d instead", path, what, self.first_step)
-        self.costs = CostLedger.from_json(self.state["costs"]) if self.state else CostLedger()
+        where = f"checkpoint {self.checkpoint}: costs in {STATE_FILE}"
+        self.costs = CostLedger.from_json(self.state.get("costs"), where) if self.state else CostLedger()
         self._recorded_costs = copy.deepcopy(self.costs.to_json())
         self.config, planned = self._continued(config) if resume else (config, 0)
         # Whether the last step's checkpoint is there, of a run that was to end there.
@@ -126,7 +129,8 @@ class RunFolder:
         rollouts = self.path / "rollouts"
         for path in rollouts.glob("step_*.jsonl") if rollouts.is_dir() else []:
             # Those of the checkpoint's own step are written in the step after it, but for a finished run's last ones.
-            if int(path.stem.removeprefix("step_")) >= self.first_step + self.trained:
+            step = path.stem.removeprefix("step_")
+            if step.isdecimal() and int(step) >= self.first_step + self.trained:
                 path.unlink()
 
     def holds_rollouts(self, step: int) -> bool:
@@ -245,13 +249,16 @@ class RunFolder:
         for finding in findings:
             doctor.append({"step": self.first_step, **finding})
 
-    def record(self, step: int, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Append a step's metrics with its running costs."""
+    def record(self, step: int, row: Mapping[str, Any], *, again: bool = False) -> dict[str, Any]:
+        """Append a step's metrics with its running costs; or put them in the newest row's place, ``again``."""
         full = {"step": step, **row}
         for role, seconds in self.costs.take_seconds().items():
             full[f"time/{role}"] = full.get(f"time/{role}", 0.0) + seconds
         full |= {"cost/flops": self.costs.total("flops"), "cost/seconds": self.costs.total("seconds")}
-        self.metrics.append(full)
+        if again:  # in one go: its checkpoint may be there already, and then nobody would write the row anew
+            self.metrics.replace_last(full)
+        else:
+            self.metrics.append(full)
         self._recorded_costs = copy.deepcopy(self.costs.to_json())
         write_json(self.path / "costs.json", self._recorded_costs)
         return full
@@ -259,8 +266,7 @@ class RunFolder:
     def amend(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Add metrics to the newest row, with what they cost."""
         row = self.last_row()
-        self.metrics.truncate_after(row["step"] - 1)
-        return self.record(row.pop("step"), {**row, **metrics})
+        return self.record(row.pop("step"), {**row, **metrics}, again=True)
 
     def evaluation_is_due(self, step: int) -> bool:
         """After step ``step``: every so many steps, and after the last."""
@@ -275,9 +281,18 @@ class RunFolder:
         due = self.checkpoint is not None and self.evaluation_is_due(self.first_step)
         return due and row.get("step") == self.first_step and not any(name.startswith("eval/") for name in row)
 
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows of metrics."""
+        return read_metrics(self.metrics.path) if self.metrics.path.exists() else []
+
+    def last_alarm(self) -> dict[str, Any] | None:
+        """The newest of the guards' alarms, if there is one."""
+        alarms = self.alarms.rows()
+        return alarms[-1] if alarms else None
+
     def last_row(self) -> dict[str, Any]:
         """The newest row of metrics; empty before the first."""
-        rows = read_metrics(self.metrics.path) if self.metrics.path.exists() else []
+        rows = self.rows()
         return rows[-1] if rows else {}
 
     def save_rollouts(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:

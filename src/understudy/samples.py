@@ -57,7 +57,7 @@ def _whole_lines(path: Path) -> list[bytes]:
         for line in file:
             try:
                 json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
             if not line.endswith(b"\n"):
                 break

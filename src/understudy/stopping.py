@@ -22,14 +22,20 @@ class StopRequest:
 
     A second Ctrl-C is a KeyboardInterrupt at once. A second SIGTERM, or the end of ``within_seconds`` after the first,
     is a ``StopNow``. ``within_seconds`` includes the time that saving takes, as far as earlier saves tell; 0: no limit.
+
+    ``said`` is what a signal was answered with. It is printed, but where ``shown`` says that a display shows it: a line
+    in the middle of that would spoil it.
     """
 
     def __init__(self, within_seconds: float = 0.0) -> None:
         self.requested = False
+        self.said = ""
+        self.shown = False
         self._within = within_seconds
         self._longest_save = 0.0
         self._held = False
         self._overdue = False
+        self._waiting = False
         self._timer: threading.Timer | None = None
 
     @contextlib.contextmanager
@@ -42,7 +48,7 @@ class StopRequest:
         try:
             yield self
         finally:
-            self._held = True  # from here on nothing is abandoned
+            self.end()
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer.join()
@@ -56,8 +62,13 @@ class StopRequest:
     def release(self) -> None:
         """The state is whole again. Raises the ``StopNow`` that waited."""
         self._held = False
-        if self._overdue:
+        if self._waiting:
+            self._waiting = False  # once: what is saved afterwards has nothing to wait for
             raise StopNow
+
+    def end(self) -> None:
+        """The run ends in any case: from here on there is nothing to abandon, and no ``StopNow``."""
+        self._within, self._overdue, self._waiting = 0.0, True, False
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
@@ -75,17 +86,24 @@ class StopRequest:
             self.requested = True
             if number == signal.SIGTERM and self._within:
                 self._set_deadline()
-                _say(f"stopping: this step is finished, if it ends within {self._within:g} seconds, and saved")
+                self._say(f"stopping: this step is finished, if it ends within {self._within:g} seconds, and saved")
             else:
-                _say("stopping: this step is finished and saved first; Ctrl-C again stops at once")
+                self._say("stopping: this step is finished and saved first; Ctrl-C again stops at once")
             return
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self._overdue:
             self._overdue = True
-            _say("stopping now: what the unfinished step did is left out, the last update is saved")
+            self._say("stopping now: what the unfinished step did is left out, the last update is saved")
+            self._waiting = self._held
             if not self._held:
                 raise StopNow
+
+    def _say(self, text: str) -> None:
+        self.said = text
+        if not self.shown:
+            # Not print: a handler may run in the middle of another write to the same stream.
+            os.write(2, f"\n{text}\n".encode())
 
     def _set_deadline(self) -> None:
         seconds = max(0.0, self._within - _SAVE_RESERVE * self._longest_save)
@@ -99,8 +117,3 @@ def _signal_main_thread() -> None:
     identity = threading.main_thread().ident
     assert identity is not None
     signal.pthread_kill(identity, signal.SIGTERM)
-
-
-def _say(text: str) -> None:
-    # Not print: a handler may run in the middle of another write to the same stream.
-    os.write(2, f"\n{text}\n".encode())

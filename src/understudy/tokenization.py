@@ -22,7 +22,8 @@ Messages = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class ModelText:
-    """What a model's folder says about text, read without loading any weights."""
+    """What a model's folder says about text, read without loading any weights. ``config``: transformers' own, of
+    adapters their base's."""
 
     name: str
     tokenizer: Any
@@ -30,6 +31,7 @@ class ModelText:
     vocab_width: int
     end_ids: frozenset[int]
     context_length: int
+    config: Any = None
 
     def render(
         self, messages: Messages, *, add_generation_prompt: bool, template_kwargs: Mapping[str, Any]
@@ -115,9 +117,9 @@ def load_text(model: str, role: str, *, trust_remote_code: bool = False) -> Mode
 def _read_text(model: str, trust_remote_code: bool) -> ModelText:
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    whole = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    config = config.get_text_config()
+    config = whole.get_text_config()
     try:
         end = GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:  # no generation_config.json
@@ -133,7 +135,7 @@ def _read_text(model: str, trust_remote_code: bool) -> ModelText:
     ):
         if not all(type(value) is int and value >= 0 for value in values):
             raise ValueError(f"{name} = {values}, where whole numbers belong")
-    return ModelText(model, tokenizer, tokenizer.get_vocab(), config.vocab_size, frozenset(ends), context)
+    return ModelText(model, tokenizer, tokenizer.get_vocab(), config.vocab_size, frozenset(ends), context, whole)
 
 
 def _has_tokenizer(folder: Path) -> bool:

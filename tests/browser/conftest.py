@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pages import rollout
+from pages import SIZES, chromium, rollout
 
+from big_pages import big_rollouts
 from understudy.report.credit_page import CreditUnit, write_credit_page
-
-CHROMIUM = "/usr/bin/chromium"
-SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -24,12 +21,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture
@@ -72,14 +65,6 @@ def three(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A thousand rollouts of 256 tokens, with random numbers in every column but the alternatives."""
-    draw = random.Random(0)
-    words = [f" w{i}" for i in range(2000)]
-    units = []
-    for number in range(1000):
-        tokens = [words[min(1999, int(draw.paretovariate(0.8)))] for _ in range(256)]
-        teacher = [-draw.expovariate(1.0) for _ in tokens]
-        units.append(
-            CreditUnit((rollout(number, tokens, teacher_logprobs=teacher, teacher_topk=None, student_topk=None),))
-        )
+    """A thousand rollouts of 256 tokens, without alternatives."""
+    units = [CreditUnit((own,)) for own in big_rollouts(1000, alternatives=False)]
     return write_credit_page(units, tmp_path_factory.mktemp("thousand") / "page.html", title="Thousand")

@@ -1,9 +1,27 @@
-"""What tests of pages share: a rollout with numbers easy to follow, and waiting."""
+"""What tests and measurements of pages share: Chromium, waiting, rollouts with numbers easy to follow."""
 
 from __future__ import annotations
 
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """The Chromium of this machine, headless, as playwright's browser."""
+    from playwright.sync_api import sync_playwright
+
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    assert path, "no Chromium on the path: install one, e.g. apt-get install chromium"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 def rollout(number: int, tokens: list[str], **changes: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import pytest
 from pages import rollout, until
 
 from understudy.report import write_run_report
+from understudy.report.credit_page import pair_units, write_credit_page
 
 AXE = "axe-core@4.14.1"
 CACHE = Path(os.environ.get("UNDERSTUDY_TEST_CACHE", Path(__file__).resolve().parents[2] / ".cache"))
@@ -49,6 +50,20 @@ def test_the_page_of_token_credit(scheme: str, size: str, three: Path, visit: Ca
     assert violations(page, axe) == []
     page.locator("#measure").select_option("entropy")
     page.locator("th[data-key=kl] button").click()
+    assert violations(page, axe) == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", ["desktop", "phone"])
+def test_two_steps_side_by_side(scheme: str, size: str, tmp_path: Path, visit: Callable[..., Any], axe: str) -> None:
+    before, after = (
+        [rollout(i, ["a", " b", last], step=step) for i in range(2)] for last, step in ((" c", 0), (" d", 9))
+    )
+    page = visit(write_credit_page(pair_units(before, after), tmp_path / "p.html", title="P"), scheme=scheme, size=size)
+    page.locator("#search").fill("b d")
+    until(page, "document.querySelectorAll('.hit').length > 0")
+    page.locator("#r1 .tokens > b").nth(2).click()
+    assert page.locator("#tip").is_visible()
     assert violations(page, axe) == []
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import SIZES
 from report_runs import STEPS, forgetful, material, run
 from test_accessibility import axe, violations  # noqa: F401 (a fixture)
 
-from conftest import SIZES
 from understudy.report import write_run_report
 from understudy.report.pipeline_report import write_pipeline_report
 from understudy.report.run_comparison import write_run_comparison

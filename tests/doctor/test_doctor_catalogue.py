@@ -33,9 +33,10 @@ from understudy import ConfigError, RunConfig, api
 from understudy.config_pipeline import PipelineConfig
 from understudy.doctor.catalogue import CHECKS, look_before
 from understudy.preflight import check_run
+from understudy.supervised import supervised_examples
 from understudy.worlds import assistant_demo, demos, ledger_demo
 from understudy.worlds.ledger import PAD
-from user import bpe_tokenizer, run_cli, save_model, word_tokenizer, write_rows, write_toml
+from user import bpe_tokenizer, run_cli, save_model, tree, word_tokenizer, write_rows, write_toml
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "doctor.md"
@@ -98,6 +99,12 @@ def test_a_missing_model_is_said_once(world: Path):
     assert "no such folder" in report.of("fail")[0].evidence
 
 
+def test_the_fast_form_begins_with_what_commands_refuse(world: Path):
+    report = look(ledger_config(world, prompts=None), fast=True)
+    assert [finding.check for finding in report.of("fail")] == ["configuration.sections"]
+    assert (report.exit_code, "no [prompts]" in report.of("fail")[0].evidence) == (2, True)
+
+
 # At the start of training
 
 
@@ -133,14 +140,26 @@ def test_warnings_are_one_line_each_and_failures_end_the_run(
     assert not (tmp_path / "full").exists()
 
 
+def test_rows_that_sft_leaves_out_are_no_reason_to_refuse_the_others(tmp_path: Path):
+    save_model(tmp_path / "student", word_tokenizer())
+    long = [{"prompt": "w1 " * 40, "completion": "w2"}] * 70
+    rows = write_rows(tmp_path / "rows.jsonl", [*long, *({"prompt": f"w{i}", "completion": "w2"} for i in range(40))])
+    sections: Any = {"prompts": {"over_long": "skip"}, "supervised": {"max_tokens": 20}}
+    config = RunConfig.model_validate(tree(tmp_path / "student", None, rows, tmp_path / "run", **sections))
+    assert api.sft(config, quiet=True).metrics["step"] == 2
+
+
 def said_before(config: RunConfig, method: Any, caplog: pytest.LogCaptureFixture) -> list[str]:
     """What the fast form says."""
     from understudy.assembly import Given
 
     caplog.clear()
     checked = check_run(config, method)
+    examples = []
+    if method == "sft" and config.prompts:
+        examples = supervised_examples(checked.rows[:64], config.prompts, checked.student, checked.stop_ids)
     with caplog.at_level(logging.WARNING, logger="understudy"):
-        look_before(config, method, checked, Given())
+        look_before(config, method, checked, Given(), examples)
     return [message for message in caplog.messages if message.startswith("doctor")]
 
 

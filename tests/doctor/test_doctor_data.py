@@ -102,6 +102,15 @@ def test_problems_among_the_training_rows(models: Path):
     assert "take these problems out" in finding.remedy
 
 
+def test_at_the_start_of_a_run_so_many_characters_are_searched(models: Path, monkeypatch: pytest.MonkeyPatch):
+    before = sum(len(row["prompt"]) for row in LONG[:8])
+    config = config_with(models, LONG[:9], LONG[8:])
+    for most, seen in ((before, 0), (before + 1, 1)):
+        monkeypatch.setattr("understudy.doctor.data.FAST_CHARACTERS", most)
+        assert only(look(config, **FAST), "data.contamination").numbers["seen"] == seen
+    assert only(look(config), "data.contamination").numbers["seen"] == 1
+
+
 def test_an_evaluation_that_reads_the_training_rows(models: Path):
     config = tiny_config(models, evaluation={"tasks": [{"path": str(models / "rows.jsonl")}]})
     finding = only(look(config, **FAST), "data.contamination")

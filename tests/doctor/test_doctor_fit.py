@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 from cases import Marker, exchanged_ends, ledger_config, ledger_world, levels, local_teacher, look, only, tiny_config
 
-from user import save_model, word_tokenizer
+from understudy.config import RewardConfig
+from user import save_model, word_tokenizer, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +104,31 @@ def test_a_teacher_that_is_worse(world: Path):
     assert "use a teacher that solves the task" in finding.remedy
 
 
+def test_each_teacher_is_asked_its_own_rows(world: Path, tmp_path: Path):
+    """One that cannot do another's task is not at fault for it."""
+    lines = [json.loads(line) for line in (world / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    for i, line in enumerate(lines):
+        line["teacher"] = "able" if i % 2 else "poor"
+    rows = write_rows(tmp_path / "rows.jsonl", lines)
+    able, poor = ({"model": str(world / "models" / name)} for name in ("teacher", "start"))
+    config = ledger_config(world, teacher=None, teachers={"poor": poor, "able": able}, prompts={"path": str(rows)})
+    numbers = only(look(config.model_copy(update={"reward": RewardConfig(grader="ledger")})), "fit.accuracy").numbers
+    assert list(numbers) == [f"{of}, teacher {name}" for of in ("training rows", "ledger") for name in ("poor", "able")]
+    assert [own["problems"] for own in numbers.values()] == [32] * 4
+    for name, own in numbers.items():
+        assert own["teacher"] > 0.9 if "able" in name else own["teacher"] == own["student"] < 0.8
+
+
+def test_a_signal_without_a_teacher(tmp_path: Path):
+    for seed, role in enumerate(("student", "teacher")):
+        save_model(tmp_path / role, word_tokenizer(), seed=seed, context=64)
+    config = tiny_config(tmp_path, objective={"control": "fixed_negative"})
+    report = look(config.model_copy(update={"teacher": None}))
+    assert report.of("fail") == []
+    assert {"resources.memory", "resources.steps", "teachers.sampler"} <= {f.check for f in report.findings}
+    assert levels(report, "fit.accuracy") == []
+
+
 @pytest.mark.parametrize(
     ("changes", "level", "suggested"),
     [
@@ -126,6 +153,14 @@ def test_rates_and_batches(changes: dict[str, Any], level: str, suggested: float
         assert found.remedy == "sampling.groups_per_batch = 32"
     elif level == "warn":
         assert found.remedy == "optim.learning_rate = 0.0006"
+
+
+def test_small_batches_of_rows(tmp_path: Path):
+    for role in ("student", "teacher"):
+        save_model(tmp_path / role, word_tokenizer(), context=64)
+    rows = [{"prompt": f"w{i}", "completion": "w2"} for i in range(8)]
+    finding = only(look(tiny_config(tmp_path, rows=rows), "sft"), "fit.optim")
+    assert (finding.level, finding.remedy) == ("warn", "supervised.batch_size = 64")
 
 
 def test_the_sampled_estimator_wants_more(world: Path):

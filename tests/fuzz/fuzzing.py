@@ -9,9 +9,11 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,10 @@ from understudy.time_limit import TimeIsUp, time_limit
 CASE_SECONDS = 60.0
 SEED = int(os.environ.get("UNDERSTUDY_FUZZ_SEED", "0"))
 SCALE = float(os.environ.get("UNDERSTUDY_FUZZ_SCALE", "1"))  # of the long form's numbers of cases
+RESULTS = ("cases", "accepted", "refused", "stopped")
+ROOT = Path(__file__).resolve().parents[2]
+COUNTS, PAGE = ROOT / "benchmarks" / "results" / "fuzz.json", ROOT / "docs" / "safety.md"
+BEGIN, END = "<!-- counts: python tests/fuzz/fuzzing.py -->", "<!-- end of counts -->"
 
 # What text fields get that nobody meant: other planes, directions, halves, escapes, and code in other languages.
 TEXTS = (
@@ -207,13 +213,35 @@ def _flipped(data: bytes, flips: list[tuple[float, int]]) -> bytes:
 
 
 def write_results(path: Path) -> None:
-    """The counts of the long form beside those of other runs: a surface's are replaced by its own newest."""
+    """The counts of a long form in which everything passed; a surface's own newest replace its earlier ones."""
     stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"surfaces": {}}
     for surface, tally in TALLIES.items():
-        stored["surfaces"][surface] = {**asdict(tally), "seed": SEED}
+        stored["surfaces"][surface] = {**asdict(tally), "seed": SEED, "scale": SCALE}
     stored["surfaces"] = dict(sorted(stored["surfaces"].items()))
-    names = ("cases", "accepted", "refused", "stopped")
-    stored["total"] = {name: sum(one[name] for one in stored["surfaces"].values()) for name in names}
-    # A traceback or a hang fails its test, and then nothing is written down.
-    stored["total"] |= {"tracebacks": 0, "hangs": 0, "case_seconds": CASE_SECONDS}
+    stored["total"] = {name: sum(one[name] for one in stored["surfaces"].values()) for name in RESULTS}
+    # Each of these fails its test, and then nothing is written down.
+    stored["found"] = dict.fromkeys(("tracebacks", "hangs", "messages without their parts"), 0)
+    stored["case_seconds"] = CASE_SECONDS
+    stored["command"] = f"UNDERSTUDY_FUZZ_SCALE={SCALE:g} make test-fuzz SEED={SEED}"
+    names = ("understudy", "hypothesis", "torch", "transformers", "safetensors", "datasets", "pyarrow")
+    stored["made_with"] = {"python": platform.python_version(), **{name: version(name) for name in names}}
     path.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The counts for docs/safety.md."""
+    rows = [*results["surfaces"].items(), ("**all**", results["total"])]
+    lines = [f"| {name} | {' | '.join(f'{one[key]:,}' for key in RESULTS)} |" for name, one in rows]
+    return "\n".join(["| what was broken | cases | accepted | refused | stopped |", "|---|--:|--:|--:|--:|", *lines])
+
+
+def render() -> None:
+    """Put the table of the committed counts into docs/safety.md."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    counts = json.loads(COUNTS.read_text(encoding="utf-8"))
+    PAGE.write_text(f"{before}{BEGIN}\n{table(counts)}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    render()

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from fuzzing import NUMBERS, TEXTS, broken_bytes, forms, fuzz, note, outcome
+from fuzzing import NUMBERS, TEXTS, broken_bytes, forms, fuzz, outcome
 from hypothesis import strategies as st
 
 from understudy.backends.loading import load_student, meta_shape
 from understudy.backends.local import LocalSampler
-from understudy.checkpoints import STATE_FILE, load_state
 from understudy.config import LoraConfig, SamplingConfig, StudentConfig
 from understudy.rollouts import sample_rollouts
 from understudy.tokenization import load_text, resolve_stop_ids
 from understudy.types import Prompt
 from user import bpe_tokenizer, save_model
 
-MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+USED = (".json", ".safetensors", ".jinja")
 CONFIG_KEYS = (
     "model_type",
     "architectures",
@@ -91,15 +90,12 @@ class Trap:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, adapters on it, and a checkpoint's state."""
+    """A model, and adapters on it."""
     folder = tmp_path_factory.mktemp("good")
     save_model(folder / "model", bpe_tokenizer(chat=True))
     lora = LoraConfig(rank=2)
     adapted = load_student(StudentConfig(model=str(folder / "model"), device="cpu", lora=lora))
     adapted.model.save_pretrained(folder / "adapters")
-    (folder / "state").mkdir()
-    state = {"step": 2, "trainer": {"weights": torch.arange(64.0)}, "costs": {"roles": {}}, "method": "distill"}
-    torch.save(state, folder / "state" / STATE_FILE)
     return folder
 
 
@@ -122,17 +118,15 @@ def damage(draw: st.DrawFn, contents: dict[str, bytes]) -> dict[str, bytes | Non
     changes: dict[str, bytes | None] = {}
     for name in draw(st.lists(st.sampled_from(sorted(contents)), min_size=1, max_size=2, unique=True)):
         data = contents[name]
-        kinds = ["gone", "empty", "bytes", "bytes", "pickle"]
-        kinds += ["json"] * 6 if name.endswith(".json") else ["header", "header", "body", "nan", "bytes"]
+        of_format = {
+            ".json": lambda data=data: changed_json(draw, json.loads(data)),
+            ".jsonl": lambda data=data: changed_line(draw, data),
+            ".safetensors": lambda data=data: changed_tensors(draw, data),
+        }.get(Path(name).suffix)
+        kinds = ["gone", "empty", "pickle", *["bytes"] * 3, *(["format"] * 5 if of_format else [])]
         kind = draw(st.sampled_from(kinds))
-        if kind == "json":
-            changes[name] = changed_json(draw, json.loads(data))
-        elif kind == "header":
-            changes[name] = changed_header(draw, data)
-        elif kind == "body":
-            changes[name] = flipped_body(draw, data)
-        elif kind == "nan":
-            changes[name] = data[:-400] + b"\xff" * 400
+        if of_format and kind == "format":
+            changes[name] = of_format()
         elif kind == "bytes":
             changes[name] = draw(broken_bytes(st.just(data)))
         else:
@@ -140,18 +134,43 @@ def damage(draw: st.DrawFn, contents: dict[str, bytes]) -> dict[str, bytes | Non
     return changes
 
 
+def changed_line(draw: st.DrawFn, data: bytes) -> bytes:
+    """JSON lines: one of them with other values."""
+    lines = data.splitlines(keepends=True)
+    at = draw(st.integers(0, len(lines) - 1))
+    lines[at] = changed_json(draw, json.loads(lines[at])) + b"\n"
+    return b"".join(lines)
+
+
+def changed_tensors(draw: st.DrawFn, data: bytes) -> bytes:
+    """safetensors: another header, other numbers, or none."""
+    kind = draw(st.sampled_from(["header", "header", "body", "nan"]))
+    if kind == "header":
+        return changed_header(draw, data)
+    return flipped_body(draw, data) if kind == "body" else data[:-400] + b"\xff" * 400
+
+
 def changed_json(draw: st.DrawFn, content: Any) -> bytes:
-    """A few keys, nested ones among them, with other values."""
+    """A few keys and places in lists, nested ones among them, with other values or none."""
     for _ in range(draw(st.integers(1, 3))):
-        node = content
-        while isinstance(node, dict) and node:
-            key = draw(st.sampled_from([*node, *CONFIG_KEYS]))
-            if isinstance(node.get(key), dict) and node[key] and draw(st.booleans()):
-                node = node[key]
-                continue
-            node[key] = draw(ODD)
-            break
+        change_node(draw, content, ODD, CONFIG_KEYS)
     return json.dumps(content).encode()
+
+
+def change_node(draw: st.DrawFn, node: Any, values: st.SearchStrategy[Any], keys: Sequence[str]) -> None:
+    """Somewhere in ``node``: another value, or nothing where one was, or one of ``keys`` where none was."""
+    while isinstance(node, dict | list) and node:
+        names = [*node, *keys] if isinstance(node, dict) else range(len(node))
+        key = draw(st.sampled_from(names))
+        child = node.get(key) if isinstance(node, dict) else node[key]
+        if isinstance(child, dict | list) and child and draw(st.integers(0, 2)):
+            node = child
+        elif child is not None and draw(st.integers(0, 2)) == 0:
+            del node[key]
+            return
+        else:
+            node[key] = copy.deepcopy(draw(values))  # the next change may be inside it
+            return
 
 
 def changed_header(draw: st.DrawFn, data: bytes) -> bytes:
@@ -204,30 +223,12 @@ def damaged(source: Path, folder: Path, changes: dict[str, bytes | None], mark: 
 @forms(30, 1_000)
 def test_folders(cases: int, long: bool, kind: str, good: Path, tmp_path: Path) -> None:
     source = good / kind
-    contents = {path.name: path.read_bytes() for path in source.iterdir() if path.suffix in (".json", ".safetensors")}
+    contents = {path.name: path.read_bytes() for path in source.iterdir() if path.suffix in USED}
     folder, mark = tmp_path / "folder", tmp_path / "mark"
 
     def body(changes: dict[str, bytes | None]) -> None:
         damaged(source, folder, changes, mark)
-        outcome(f"folders of {kind}", lambda: use(folder))
+        outcome(f"folders: {kind}", lambda: use(folder))
         assert not mark.exists(), "something in the folder was run"
 
     fuzz(damage(contents), body, cases, long=long)
-
-
-@pytest.mark.filterwarnings("ignore")
-@forms(60, 3_000)
-def test_states(cases: int, long: bool, good: Path, tmp_path: Path) -> None:
-    """The trainer's state beside the weights, a pickle by format: it is read without running what is in it."""
-    data = (good / "state" / STATE_FILE).read_bytes()
-    path, mark = tmp_path / STATE_FILE, tmp_path / "mark"
-    torch.save({"step": Trap(mark)}, tmp_path / "trap.pt")
-    traps = [pickle.dumps(Trap(mark)), (tmp_path / "trap.pt").read_bytes()]
-    note("trainer states", "traps") if long else None
-
-    def body(content: bytes) -> None:
-        path.write_bytes(content)
-        outcome("trainer states", lambda: load_state(tmp_path))
-        assert not mark.exists()
-
-    fuzz(st.one_of(broken_bytes(st.just(data)), st.sampled_from(traps)), body, cases, long=long)

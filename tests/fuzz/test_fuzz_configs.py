@@ -148,10 +148,10 @@ def test_trees(cases: int, long: bool, material: Path, tmp_path: Path, monkeypat
 
         def work() -> None:
             config = use(path)
-            note("config trees", "readable")
+            note("configurations: values", "readable")
             check_run(config, method)
 
-        outcome("config trees", work)
+        outcome("configurations: values", work)
 
     fuzz(case, body, cases, long=long)
 
@@ -165,7 +165,7 @@ def test_bytes(cases: int, long: bool, material: Path, tmp_path: Path, monkeypat
 
     def body(data: bytes) -> None:
         path.write_bytes(data)
-        outcome("config bytes", lambda: use(path))
+        outcome("configurations: bytes", lambda: use(path))
 
     fuzz(broken_bytes(texts), body, cases, long=long)
 
@@ -185,7 +185,7 @@ def test_overrides(cases: int, long: bool, material: Path, tmp_path: Path, monke
     )
 
     def body(overrides: dict[str, str]) -> None:
-        outcome("config overrides", lambda: RunConfig.from_toml(path, overrides))
+        outcome("configurations: overrides", lambda: RunConfig.from_toml(path, overrides))
 
     fuzz(st.dictionaries(key, value, min_size=1, max_size=3), body, cases, long=long)
 
@@ -213,7 +213,7 @@ def test_plans(cases: int, long: bool, material: Path, tmp_path: Path, monkeypat
 
     def body(content: dict[str, Any]) -> None:
         path.write_text(tomli_w.dumps(content), encoding="utf-8", errors="surrogatepass")
-        outcome("plans", lambda: PipelineConfig.from_toml(path))
-        outcome("plans", lambda: load_plan(path, {}))
+        outcome("pipelines and plans of costs", lambda: PipelineConfig.from_toml(path))
+        outcome("pipelines and plans of costs", lambda: load_plan(path, {}))
 
     fuzz(changed_trees(trees), body, cases, long=long)

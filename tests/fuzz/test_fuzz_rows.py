@@ -123,7 +123,7 @@ def test_values(cases: int, long: bool, models: list[ModelText], tmp_path: Path)
         path = tmp_path / name
         whole = name == "rows.json" and not ascii_only
         path.write_bytes(json.dumps(rows).encode() if whole else lines_of(rows, ascii_only=ascii_only))
-        outcome("row values", lambda: use(str(path), options, models, grader, supervised=supervised))
+        outcome("rows: values", lambda: use(str(path), options, models, grader, supervised=supervised))
 
     fuzz(st.tuples(ROWS, st.booleans(), CASE), body, cases, long=long)
 
@@ -148,7 +148,7 @@ def test_bytes(cases: int, long: bool, models: list[ModelText], tmp_path: Path) 
         data, (options, grader, supervised, name) = case
         path = tmp_path / name
         path.write_bytes(data)
-        outcome("row bytes", lambda: use(str(path), options, models, grader, supervised=supervised))
+        outcome("rows: bytes", lambda: use(str(path), options, models, grader, supervised=supervised))
 
     data = st.one_of(broken_bytes(st.just(good)), broken_bytes(st.just(good)), st.sampled_from(odd))
     fuzz(st.tuples(data, CASE), body, cases, long=long)
@@ -176,13 +176,13 @@ def test_functions(
                 raise failure
 
         module.rows = function  # type: ignore[attr-defined]
-        outcome("row functions", lambda: use("fuzzed_rows:rows", options, models, grader, supervised=supervised))
+        outcome("rows: functions", lambda: use("fuzzed_rows:rows", options, models, grader, supervised=supervised))
 
     fuzz(st.tuples(rows, failures, CASE), body, cases, long=long)
 
 
 @pytest.mark.filterwarnings("ignore")
-@forms(20, 500)
+@forms(20, 2_000)
 def test_parquet(
     cases: int, long: bool, models: list[ModelText], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,11 +215,11 @@ def test_parquet(
         path = tmp_path / f"rows{next(number)}.parquet"
         if data is None:
             pq.write_table(pa.table({name: columns[index] for name, index in made.items()}), path)
-            note("parquet", "whole files")
+            note("rows: Parquet", "whole files")
         else:
             path.write_bytes(data)
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / f"cache{path.stem}"))
-        outcome("parquet", lambda: use(str(path), options, models, grader, supervised=supervised))
+        outcome("rows: Parquet", lambda: use(str(path), options, models, grader, supervised=supervised))
 
     data = st.one_of(st.none(), st.none(), broken_bytes(st.just(good.read_bytes())))
     fuzz(st.tuples(table, data, CASE), body, cases, long=long)

@@ -51,7 +51,9 @@ class Witness:
         self.examples: list[Sequence[TrainingExample]] = []
         self.rows: list[dict[str, float]] = []
 
-    def inspect(self, row: dict[str, float], scored: Sequence[ScoredRollout]) -> None:
+    def inspect(
+        self, row: dict[str, float], scored: Sequence[ScoredRollout], examples: Sequence[TrainingExample]
+    ) -> None:
         pass
 
     def keep_rollouts(self, step: int, scored: Sequence[ScoredRollout], examples: Sequence[TrainingExample]) -> None:

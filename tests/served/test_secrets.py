@@ -103,9 +103,11 @@ def test_a_run_writes_no_key_anywhere(world: Path, served: str, tmp_path: Path) 
     } <= files
     assert 'api_key_env = "TEACHER_KEY"' in (tmp_path / "run" / "config.toml").read_text()
     assert leaks(done, tmp_path) == []
-    again = understudy(world, "report", tmp_path / "run")
-    assert again.returncode == 0, again.stderr
-    assert leaks(again, tmp_path) == []
+    for further in (["report", tmp_path / "run"], ["doctor", path, "--json", "--output_dir", tmp_path / "other"]):
+        again = understudy(world, *further)
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert again.stdout
+        assert leaks(again, tmp_path) == []
 
 
 def test_the_search_would_find_one(tmp_path: Path) -> None:
@@ -137,9 +139,9 @@ def test_a_crash_shows_no_key(world: Path, served: str, tmp_path: Path) -> None:
     """A fault of the program's own, with its traceback: what a tracker of faults would be sent."""
     path = write_toml(tmp_path / "run.toml", content(world, tmp_path / "run", served))
     code = (
-        "import sys, understudy.loop, understudy.cli\n"
+        "import sys, understudy.updates, understudy.cli\n"
         "def broken(*arguments, **keywords): raise ZeroDivisionError(repr((arguments, keywords)))\n"
-        "understudy.loop.optimizer_step = broken\n"
+        "understudy.updates.optimizer_step = broken\n"
         f"sys.argv = ['understudy', 'distill', {str(path)!r}]\n"
         "understudy.cli.main()\n"
     )

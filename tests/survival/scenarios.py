@@ -113,7 +113,8 @@ def can_mount(folder: Path) -> bool:
 
 def full_disk(folder: Path, *, trials: int) -> dict[str, Any]:
     """Disks on which more and more room is left when the run begins: it ends with exit code 1 (2 where not even a
-    folder could be made) and says what could not be written; with room again it ends the same."""
+    folder could be made, or no checkpoint would have fitted) and says what could not be written; with room again it
+    ends the same."""
     job, whole = prepared(folder)
     most = 2 * sum(path.stat().st_size + 4096 for path in (whole / "run").rglob("*"))
     stopped: Counter[str] = Counter()
@@ -164,12 +165,15 @@ def _limit_files(size: int) -> None:
 
 
 def _what_was_not_written(said: str) -> str:
-    """The file, without its step; "output_dir" where a run could not begin."""
+    """The file, without its step; "output_dir" where a run could not begin, "the first checkpoint" where one could not
+    have been written."""
     match = re.search(r"(\S+) could not be written: \S.*", said)
+    if "error resources.disk" in said:
+        return "the first checkpoint"
     if match is None:
         assert "expected: a folder that this process can write in" in said, said
         return "output_dir"
-    assert re.search(r"No space left|File too large|file write failed|unexpected pos", match[0]), said
+    assert re.search(r"No space left|File too large|file write failed|unexpected pos|iostream error", match[0]), said
     return re.sub(r"step_\d+.*", "step_NNNNNN", match[1].removeprefix("run/"))
 
 
@@ -327,7 +331,7 @@ def clock_jumps(folder: Path, *, trials: int) -> dict[str, Any]:
         updates = 0
         for mark in arriving(marks):
             updates += mark == ">update"
-            if mark == ">update" and updates == 1 + number % 5:
+            if mark == ">update" and updates == 1 + number % 4:  # a checkpoint of step 5 would stay
                 assert process.pid is not None
                 os.kill(process.pid, signal.SIGTERM)
         assert wait(process) == 130, log_of(trial)

@@ -329,8 +329,16 @@ class LocalTrainer:
         return {"optimizer": self._optimizer.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See ``Trainer.load_state_dict``."""
-        self._optimizer.load_state_dict(state["optimizer"])
+        """See ``Trainer.load_state_dict``. Raises ValueError for the state of other weights."""
+        moments = state["optimizer"]["state"]
+        for index, own in moments.items():
+            shapes = {name: tuple(value.shape) for name, value in own.items()}
+            shape = tuple(self._parameters[index].shape)
+            if shapes != {"step": (), "exp_avg": shape, "exp_avg_sq": shape}:
+                raise ValueError(f"optimizer state {index} of shapes {shapes}; the weights have {shape}")
+        # What else it holds is the configuration's.
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def save_pretrained(self, folder: Path) -> None:
         """See ``Trainer.save_pretrained``."""

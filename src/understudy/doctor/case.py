@@ -13,7 +13,7 @@ from understudy.evaluation import EvalTask
 from understudy.preflight import Checked, Method, check_run, eval_task, grader_of, model_text
 from understudy.prompts import load_prompts
 from understudy.rows import Row, read_rows
-from understudy.supervised import load_examples, supervised_examples
+from understudy.supervised import load_examples
 from understudy.tokenization import ModelText, resolve_stop_ids
 from understudy.types import Prompt, TrainingExample
 
@@ -22,17 +22,16 @@ if TYPE_CHECKING:
     from understudy.costs import CostLedger
     from understudy.doctor.trial import Trial
 
-# Rows that the form at the start of a run looks at: it must not keep anybody waiting.
-FAST_ROWS = 20_000
-# Rows of `sft` that are tokenised to see how they look.
-LOOKED_AT = 64
+# Rows, and characters of them, that the form at the start of a run looks at: it must not keep anybody waiting.
+FAST_ROWS, FAST_CHARACTERS = 20_000, 4_000_000
 
 
 @dataclass(frozen=True)
 class Case:
     """One configuration under one method. Properties raise ConfigError or RunError, the same one each time.
 
-    ``checked``: what ``check_run`` has found, where it has run; ``fast``: only what needs a second.
+    ``checked``: what ``check_run`` has found, where it has run, and ``loaded`` what `sft` trains on; ``fast``: only
+    what needs a second.
     """
 
     config: RunConfig
@@ -40,6 +39,7 @@ class Case:
     given: Given
     checked: Checked | None = None
     fast: bool = False
+    loaded: Sequence[TrainingExample] = ()
     _known: dict[str, Any] = field(default_factory=dict)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
@@ -123,19 +123,13 @@ class Case:
 
     @property
     def examples(self) -> Sequence[TrainingExample]:
-        """The rows of `sft`, tokenised; in the fast form the first ones."""
-        config = self.config.prompts
-        if self.on_policy or config is None:
-            return []
-        longest = self.config.supervised.max_tokens
+        """The rows of `sft`, tokenised."""
+        if self.on_policy or self.config.prompts is None or self.loaded:
+            return self.loaded
+        return self.once("examples", self._load_examples)
 
-        def make() -> Sequence[TrainingExample]:
-            if not self.fast:
-                return load_examples(self.config, self.rows, self.student, self.stop_ids).own
-            first = self.rows[:LOOKED_AT]
-            return supervised_examples(first, config, self.student, self.stop_ids, max_tokens=longest)
-
-        return self.once("examples", make)
+    def _load_examples(self) -> Sequence[TrainingExample]:
+        return load_examples(self.config, self.rows, self.student, self.stop_ids).own
 
     @property
     def tasks(self) -> Sequence[EvalTask]:
@@ -150,7 +144,8 @@ class Case:
         """Everything that is known before weights are read. Raises ConfigError for whatever cannot work."""
         if self.checked:
             return self.checked
-        return self.once("whole", lambda: check_run(self.config, self.method, grader=self.given.grader))
+        given = self.given
+        return self.once("whole", lambda: check_run(self.config, self.method, grader=given.grader, brought=given.roles))
 
     @property
     def parts(self) -> Parts:

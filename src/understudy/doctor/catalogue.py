@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 
 from understudy.assembly import Given
@@ -13,6 +13,7 @@ from understudy.doctor.case import Case
 from understudy.doctor.findings import Check, Finding, Found, Report
 from understudy.errors import ConfigError, RunError, UnderstudyError
 from understudy.preflight import Checked, Method
+from understudy.types import TrainingExample
 
 log = logging.getLogger("understudy")
 
@@ -61,19 +62,22 @@ def diagnose(
     return Report(method, findings, not_run)
 
 
-def look_before(config: RunConfig, method: Method, checked: Checked, given: Given) -> list[Finding]:
+def look_before(
+    config: RunConfig, method: Method, checked: Checked, given: Given, examples: Sequence[TrainingExample] = ()
+) -> list[Finding]:
     """The fast form, for a run that ``check_run`` lets begin: what passes and what warns, with a line in the log for
-    each warning.
+    each warning. ``examples``: what `sft` trains on.
 
     Raises ConfigError for what fails.
     """
     findings: list[Finding] = []
-    case = Case(config, method, given, checked, fast=True)
+    case = Case(config, method, given, checked, fast=True, loaded=examples)
     for check in _chosen(method, fast=True):
         for found in check.run(case):
             finding = _finding(check, found)
             if finding.level == "fail":
-                raise ConfigError(check.name, got=finding.evidence, expected=check.threshold, remedy=finding.remedy)
+                passes = f"a pass of this check, which {check.threshold}"
+                raise ConfigError(check.name, got=finding.evidence, expected=passes, remedy=finding.remedy)
             if finding.level == "warn":
                 log.warning("doctor, %s", finding.line)
             findings.append(finding)

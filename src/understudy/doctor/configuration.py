@@ -21,7 +21,7 @@ def sections(case: Case) -> Iterator[Found]:
 
 def machine(case: Case) -> Iterator[Found]:
     """Devices and packages that are asked for."""
-    check_machine(case.config, case.method)
+    check_machine(case.config, case.method, brought=case.given.roles)
     yield Found("pass", "the devices and packages that are asked for are there")
 
 
@@ -54,6 +54,7 @@ CHECKS = (
         _REFUSED,
         "a setting without effect, or two that contradict each other, make another experiment than was meant",
         "`understudy keys` lists every key",
+        fast=True,
     ),
     Check(
         "configuration.machine",
@@ -61,6 +62,7 @@ CHECKS = (
         _REFUSED,
         "a device or package that is missing ends the run when it is first used",
         'device = "auto"; pip install "understudy[lora]"',
+        fast=True,
     ),
     Check(
         "configuration.models",
@@ -68,6 +70,7 @@ CHECKS = (
         _REFUSED,
         "everything else is read from the models' folders",
         "check the paths; save the tokenizer beside the model",
+        fast=True,
     ),
 )
 LAST = (

@@ -6,10 +6,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from understudy.config import EvalTaskConfig, RowsConfig
-from understudy.doctor.case import FAST_ROWS
+from understudy.doctor.case import FAST_CHARACTERS, FAST_ROWS
 from understudy.doctor.findings import Check, Found
 from understudy.types import Prompt
 
@@ -142,10 +143,11 @@ def _same_source(rows: RowsConfig | None, task: EvalTaskConfig) -> bool:
 
 
 def _training_texts(case: Case) -> list[str]:
-    most = FAST_ROWS if case.fast else None
-    if case.on_policy:
-        return [prompt.text for prompt in case.prompts[:most]]
-    return [_text(row.values) for row in case.rows[:most]]
+    texts = [prompt.text for prompt in case.prompts] if case.on_policy else [_text(row.values) for row in case.rows]
+    if not case.fast:
+        return texts
+    before = accumulate(map(len, texts), initial=0)
+    return [text for text, place in zip(texts[:FAST_ROWS], before, strict=False) if place < FAST_CHARACTERS]
 
 
 def _text(values: object) -> str:
@@ -199,8 +201,7 @@ CHECKS = (
         "data.rows",
         rows,
         "fails where a row cannot be read, is empty or has nothing to train on; warns where more than "
-        f"{MAX_LEFT_OUT:.0%} are "
-        "left out as too long",
+        f"{MAX_LEFT_OUT:.0%} are left out as too long",
         "what is left out is the long and often the hard part of a data set",
         "shorten the rows, or give the models a longer context",
         fast=True,
@@ -225,9 +226,8 @@ CHECKS = (
     Check(
         "data.contamination",
         contamination,
-        f"warns where more than {MAX_CONTAMINATED:.0%} of a task's problems share {NGRAM} words in a row with "
-        "a training row, "
-        "or the task reads the training rows themselves",
+        f"warns where more than {MAX_CONTAMINATED:.0%} of a task's problems share {NGRAM} words in a row with a "
+        "training row, or the task reads the training rows themselves",
         "accuracy on problems that were trained on says nothing about others",
         "take these problems out of the training rows, or evaluate on others",
         fast=True,

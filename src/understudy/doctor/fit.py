@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -57,9 +57,8 @@ def overlap(case: Case) -> Iterator[Found]:
         "teacher_mass": mean(teacher_mass),
     }
     evidence = (
-        f"{len(shared)} positions: of the {TOP} likeliest tokens student and teacher share {mean(shared):.0%}; "
-        "the student "
-        f"gives the teacher's {mean(student_mass):.3f} of its probability, the teacher the student's "
+        f"{len(shared)} positions: of the {TOP} likeliest tokens student and teacher share {mean(shared):.0%}; the "
+        f"student gives the teacher's {mean(student_mass):.3f} of its probability, the teacher the student's "
         f"{mean(teacher_mass):.3f}"
     )
     yield Found("warn" if mean(student_mass) < MIN_STUDENT_MASS else "pass", evidence, numbers)
@@ -98,9 +97,8 @@ def support(case: Case) -> Iterator[Found]:
     share = len(impossible) / trial.num_tokens
     numbers = {"tokens": trial.num_tokens, "impossible": share, "reverse_kl": mean(gaps)}
     evidence = (
-        f"{share:.1%} of the student's {trial.num_tokens} tokens have a probability below {IMPOSSIBLE:g} for "
-        "the teacher; "
-        f"reverse KL {mean(gaps):.3f} nats a token"
+        f"{share:.1%} of the student's {trial.num_tokens} tokens have a probability below {IMPOSSIBLE:g} for the "
+        f"teacher; reverse KL {mean(gaps):.3f} nats a token"
     )
     if impossible:
         rollout, t = impossible[0]
@@ -175,18 +173,16 @@ def _worst(case: Case, trial: Trial, place: int) -> str:
 
 
 def accuracy(case: Case) -> Iterator[Found]:
-    """Student and teacher under the run's graders, greedily, on the same problems."""
+    """Student and teachers under the run's graders, greedily, on the same problems."""
     lines, numbers, worse, able = [], {}, [], []
-    for label, prompts, grader, cap in _graded(case):
-        ours, theirs = _grades(case, prompts, grader, cap)
-        if not theirs:
-            continue
-        difference = [q - p for p, q in zip(ours, theirs, strict=True)]
-        error = math.sqrt(mean([(d - mean(difference)) ** 2 for d in difference]) / max(1, len(difference) - 1))
-        lines.append(f"{label}: teacher {mean(theirs):.1%}, student {mean(ours):.1%} of {len(ours)} problems")
-        numbers[label] = {"teacher": mean(theirs), "student": mean(ours), "problems": len(ours), "error": error}
-        worse.append(mean(difference) < -2 * error and mean(difference) < 0)
-        able.append(max(theirs) > 0)
+    for problems in _graded(case):
+        for label, ours, theirs in _grades(case, problems):
+            difference = [q - p for p, q in zip(ours, theirs, strict=True)]
+            error = math.sqrt(mean([(d - mean(difference)) ** 2 for d in difference]) / max(1, len(difference) - 1))
+            lines.append(f"{label}: teacher {mean(theirs):.1%}, student {mean(ours):.1%} of {len(ours)} problems")
+            numbers[label] = {"teacher": mean(theirs), "student": mean(ours), "problems": len(ours), "error": error}
+            worse.append(mean(difference) < -2 * error and mean(difference) < 0)
+            able.append(max(theirs) > 0)
     if not lines:
         return
     if all(worse):
@@ -197,35 +193,54 @@ def accuracy(case: Case) -> Iterator[Found]:
         yield Found("pass", "\n".join(lines), numbers)
 
 
-def _graded(case: Case) -> Iterator[tuple[str, Sequence[Prompt], Grader, int]]:
-    checked = case.whole()
+@dataclass(frozen=True)
+class _Problems:
+    """What some of the ``teachers`` are asked, and how it is graded."""
+
+    label: str
+    teachers: Sequence[str]
+    prompts: Sequence[Prompt]
+    grader: Grader
+    cap: int
+
+
+def _graded(case: Case) -> Iterator[_Problems]:
+    checked, names = case.whole(), case.teacher_names
     cap = case.config.sampling.max_completion_tokens
-    if checked.grader is not None and checked.prompts:
-        yield "training rows", checked.prompts[:_PROBLEMS], checked.grader, cap
+    if checked.grader is not None:
+        for name in names:  # each knows its own rows, and may know nothing else
+            rows = [prompt for prompt in checked.prompts if prompt.teacher == name][:_PROBLEMS]
+            if rows:
+                yield _Problems("training rows", [name], rows, checked.grader, cap)
     for task in checked.tasks:
-        yield task.config.name, task.prompts[:_PROBLEMS], task.grader, task.sampling.max_completion_tokens
+        length = task.sampling.max_completion_tokens
+        yield _Problems(task.config.name, names, task.prompts[:_PROBLEMS], task.grader, length)
 
 
-def _grades(case: Case, prompts: Sequence[Prompt], grader: Grader, cap: int) -> tuple[Sequence[float], Sequence[float]]:
-    """Rewards of student and teacher; none of the teacher's where it does not write."""
-    name = next(iter(case.parts.page_teachers))
-    sampling = SamplingConfig(group_size=1, temperature=0.0, max_completion_tokens=cap)
-    writer = writer_of(case, name)
-    if writer is None:
-        return [], []
-    try:
-        theirs = writer([_as_read(case, name, prompt) for prompt in prompts], sampling)
-    except ServerError:
-        return [], []  # the checks of templates and temperature say so
-    ours = [group[0] for group in case.parts.evaluator.sample(prompts, sampling, seed=case.config.seed)]
+def _grades(case: Case, problems: _Problems) -> Iterator[tuple[str, Sequence[float], Sequence[float]]]:
+    """(label, rewards of the student, of a teacher) for each teacher that writes."""
+    sampling = SamplingConfig(group_size=1, temperature=0.0, max_completion_tokens=problems.cap)
 
     def graded(rollouts: Sequence[Rollout]) -> list[float]:
-        return grade_rollouts(rollouts, grader, case.parts.decode)
+        return grade_rollouts(rollouts, problems.grader, case.parts.decode)
 
-    return graded(ours), graded(theirs)
+    ours: list[float] = []
+    for name in problems.teachers:
+        try:
+            writer = writer_of(case, name)
+            theirs = writer([_as_read(prompt) for prompt in problems.prompts], sampling) if writer else []
+        except ServerError:
+            continue  # the checks of templates and temperature say so
+        if not theirs:
+            continue
+        if not ours:
+            groups = case.parts.evaluator.sample(problems.prompts, sampling, seed=case.config.seed)
+            ours = graded([group[0] for group in groups])
+        several = f", teacher {name}" if len(case.teacher_names) > 1 else ""
+        yield f"{problems.label}{several}", ours, graded(theirs)
 
 
-def _as_read(case: Case, name: str, prompt: Prompt) -> Prompt:
+def _as_read(prompt: Prompt) -> Prompt:
     """A prompt as the teacher reads it: where nothing else is known, as the student does."""
     ids = prompt.prompt_ids if prompt.teacher_prompt_ids is None else prompt.teacher_prompt_ids
     return replace(prompt, prompt_ids=ids)
@@ -236,7 +251,7 @@ def _as_read(case: Case, name: str, prompt: Prompt) -> Prompt:
 
 def optim(case: Case) -> Iterator[Found]:
     """Learning rate and batch beside what a rule suggests."""
-    hidden = _width(case)
+    hidden = case.student.config.get_text_config().hidden_size
     config = case.config
     factor = ADAPTER_FACTOR if config.student.lora else 1
     suggested = RATE * math.sqrt(WIDTH / hidden) * factor
@@ -263,17 +278,10 @@ def optim(case: Case) -> Iterator[Found]:
     if off > MAX_RATE_FACTOR:
         yield Found("warn", evidence, numbers, f"optim.learning_rate = {suggested:.1g}")
     elif batch < MIN_COMPLETIONS:
-        yield Found("warn", evidence, numbers, f"sampling.groups_per_batch = {-(-wanted // sampling.group_size)}")
+        groups = f"sampling.groups_per_batch = {-(-wanted // sampling.group_size)}"
+        yield Found("warn", evidence, numbers, groups if case.on_policy else f"supervised.batch_size = {wanted}")
     else:
         yield Found("pass", evidence, numbers)
-
-
-def _width(case: Case) -> int:
-    from transformers import AutoConfig
-
-    from understudy.doctor.resources import whole_model
-
-    return AutoConfig.from_pretrained(whole_model(case.config.student.model)).get_text_config().hidden_size
 
 
 _DISTILL = frozenset({"distill"})
@@ -299,9 +307,8 @@ CHECKS = (
         "entropy",
         entropy,
         f"warns where mean entropies are more than {MAX_ENTROPY_GAP:g} nats apart",
-        "a student that is far less sure than its teacher writes what the teacher never would; one that is far "
-        "surer tries "
-        "nothing else",
+        "a student that is far less sure than its teacher writes what the teacher never would; one that is far surer "
+        "tries nothing else",
         "fine-tune the student on the teacher's answers first: `understudy generate`, then `understudy sft`",
     ),
     _fit(
@@ -315,9 +322,8 @@ CHECKS = (
     _fit(
         "accuracy",
         accuracy,
-        "warns where the teacher does worse than the student in every task, by more than two standard errors, "
-        "or solves "
-        "nothing",
+        "warns where the teacher does worse than the student in every task, by more than two standard errors, or "
+        "solves nothing",
         "a student becomes its teacher: one that cannot do the task, or is asked in a form it does not know, "
         "teaches that",
         "use a teacher that solves the task, and the prompts and chat template it solves it with",
@@ -341,11 +347,10 @@ CHECKS = (
     Check(
         "fit.optim",
         optim,
-        f"warns where the learning rate is more than {MAX_RATE_FACTOR:g} times off {RATE:g} x sqrt({WIDTH} / "
-        "hidden size), "
-        f"{ADAPTER_FACTOR} times that for adapters, or a step has fewer than {MIN_COMPLETIONS} sequences. To "
-        "begin with: "
-        f"{COMPLETIONS['full']} completions a step, {COMPLETIONS['sampled']} for the sampled estimator and rewards",
+        f"warns where the learning rate is more than {MAX_RATE_FACTOR:g} times off {RATE:g} x sqrt({WIDTH} / hidden "
+        f"size), {ADAPTER_FACTOR} times that for adapters, or a step has fewer than {MIN_COMPLETIONS} sequences. To "
+        f"begin with: {COMPLETIONS['full']} completions a step, {COMPLETIONS['sampled']} for the sampled estimator and "
+        "rewards",
         "too small a rate learns nothing in the time there is, too large a one breaks the model; small batches "
         "are noise",
         "optim.learning_rate = ..., sampling.groups_per_batch = ...",

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from understudy.doctor.findings import Check, Found
-from understudy.tokenization import adapter_base
 
 if TYPE_CHECKING:
     from understudy.assembly import Parts
+    from understudy.config_base import ModelConfig
     from understudy.config_plan import PlanConfig
     from understudy.doctor.case import Case
     from understudy.types import TrainingExample
@@ -22,12 +22,6 @@ _SINGLE, _MOMENTS = 4, 8
 _REST = 50e6
 # A step of the probe: enough prompts to say what one costs, few enough not to wait for it.
 _PROBE_PROMPTS, _PROBE_EXAMPLES = 8, 16
-
-
-def whole_model(model: str) -> str:
-    """The model that a name means: of a folder of adapters its base."""
-    folder = Path(model)
-    return (adapter_base(folder) if not (folder / "config.json").exists() else None) or model
 
 
 def disk(case: Case) -> Iterator[Found]:
@@ -45,7 +39,7 @@ def disk(case: Case) -> Iterator[Found]:
         f"{_size(free)} free in {folder}; {count} checkpoints of {_size(weights)} at a time, with optimizer state, and "
         f"{_size(_REST)} for the rest"
     )
-    level = "fail" if weights + _REST > free else "warn" if needed > free else "pass"
+    level = "fail" if weights > free else "warn" if needed > free else "pass"
     yield Found(level, evidence, numbers)
 
 
@@ -56,13 +50,10 @@ def _existing(path: Path) -> Path:
 
 def _checkpoint_bytes(case: Case) -> float | None:
     """Weights that train and their optimizer's state; None where the sizes are not known."""
-    from transformers import AutoConfig
-
     from understudy.flops import Update, adapter_weights, shape_of_config
 
     student = case.config.student
-    config = AutoConfig.from_pretrained(whole_model(student.model))
-    shape = shape_of_config(config)
+    shape = shape_of_config(case.student.config)
     lora = student.lora
     if shape is not None:
         trained = (
@@ -94,6 +85,9 @@ def memory(case: Case) -> Iterator[Found]:
     from understudy.backends.memory import memory_budget
     from understudy.planner import predict
 
+    if own := [role for role, model in _models(case) if model.trust_remote_code]:
+        yield Found("pass", f"{', '.join(own)}: sizes of models with code of their own are not known in advance")
+        return
     device = pick_device(case.config.student.device)
     plan = _plan(case)
     prediction = predict(plan)
@@ -112,17 +106,23 @@ def memory(case: Case) -> Iterator[Found]:
     yield Found(level, evidence, numbers)
 
 
+def _models(case: Case) -> list[tuple[str, ModelConfig]]:
+    """Those that are loaded, by role."""
+    teachers = case.config.all_teachers if case.method == "distill" else {}
+    return [("student", case.config.student), *((f"teacher {name}", one) for name, one in teachers.items())]
+
+
 def _plan(case: Case) -> PlanConfig:
     from understudy.config_plan import PlanConfig, tree_of_run
 
     tree = tree_of_run(case.config, prompt_tokens=None, completion_tokens=None)
-    kinds = {"distill": "distill", "rl": "rl", "sft": "sft"}
-    method = dict(next(iter(tree["methods"].values())))
-    method |= {"kind": kinds[case.method]}
-    if case.method != "distill":
+    # Without a teacher (objective.control) a step has the phases of `rl`.
+    kind = "rl" if case.method == "distill" and not case.teacher_names else case.method
+    method = dict(next(iter(tree["methods"].values()))) | {"kind": kind}
+    if kind != "distill":
         tree["teacher"] = None
         method.pop("estimator", None)
-    return PlanConfig.model_validate(tree | {"methods": {case.method: method}})
+    return PlanConfig.model_validate(tree | {"methods": {kind: method}})
 
 
 def _phases(case: Case, planned: Mapping[str, Any], device: str) -> tuple[dict[str, float], float]:
@@ -212,12 +212,11 @@ def _supervised_step(case: Case, parts: Parts, size: int, step: int) -> None:
 
 
 def _update(parts: Parts, examples: Sequence[TrainingExample], objective: Any, step: int) -> None:
-    from understudy.batching import micro_batches
-    from understudy.optimizer_step import learning_rate_at, optimizer_step
+    from understudy.optimizer_step import learning_rate_at
+    from understudy.updates import Updates
 
-    batches = micro_batches(examples, **parts.batching)
-    rate = learning_rate_at(parts.config.optim, step)
-    optimizer_step(parts.trainer, batches, objective, learning_rate=rate, reduction=parts.config.objective.reduction)
+    rate, reduction = learning_rate_at(parts.config.optim, step), parts.config.objective.reduction
+    Updates(parts.trainer, parts.batching).make(examples, objective, learning_rate=rate, reduction=reduction)
 
 
 CHECKS = (

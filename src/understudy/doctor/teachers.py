@@ -9,27 +9,20 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from understudy.backends.language_model import LanguageModel
-from understudy.backends.loading import load_model, pick_device
-from understudy.backends.local import LocalTeacher
-from understudy.backends.memory import memory_budget
 from understudy.backends.protocols import Teacher
 from understudy.config import SamplingConfig
 from understudy.doctor.findings import Check, Found
 from understudy.doctor.trial import ALTERNATIVES, entropy_of, writer_of
 from understudy.errors import ServerError
-from understudy.lm_head import head_logprobs
+from understudy.mark_temperature import NOISE, RATIOS, errors_by_ratio, named_weights
 from understudy.teacher_scores import teacher_view
-from understudy.types import HiddenScores, Prompt, Rollout, TokenSequence, TopkScores
+from understudy.types import Prompt, Rollout, TokenSequence, TopkScores
 
 if TYPE_CHECKING:
     from understudy.doctor.case import Case
 
-# Nats per token, on average. Engines in bfloat16 differ by up to 0.03 with load and batch size; a wrong position or
-# mask shows as nats.
-MAX_NOISE, MAX_FAULT = 0.03, 0.3
+# Nats per token, on average. A wrong position or mask shows as nats.
+MAX_NOISE, MAX_FAULT = NOISE, 0.3
 # A model marks its own text as it wrote it; rounding is far below.
 MAX_SELF_KL = 1e-3
 # The same where tokens were chosen because the teacher is unsure: temperatures differ by less where it is sure.
@@ -38,7 +31,6 @@ WRITTEN = 32
 # Of a top-k objective: what the k tokens leave out is known as one number only.
 MIN_TOP_MASS = 0.9
 _TAIL_RATIO = math.log(1.1)
-_TEMPERATURES = [round(0.25 * 2 ** (step / 8), 4) for step in range(33)]  # 0.25 to 4
 
 
 def repeatable(case: Case) -> Iterator[Found]:
@@ -59,10 +51,9 @@ def repeatable(case: Case) -> Iterator[Found]:
         }
         worst = max(mean(twice), mean(company))
         evidence = (
-            f"teacher {name}, {len(sequences)} sequences of {len(twice)} tokens: marks differ by "
-            f"{mean(twice):.2g} nats a "
-            f"token (at most {max(twice):.2g}) when asked twice, by {mean(company):.2g} (at most {max(company):.2g}) "
-            "between a batch and one by one"
+            f"teacher {name}, {len(sequences)} sequences of {len(twice)} tokens: marks differ by {mean(twice):.2g} "
+            f"nats a token (at most {max(twice):.2g}) when asked twice, by {mean(company):.2g} (at most "
+            f"{max(company):.2g}) between a batch and one by one"
         )
         where = max(range(len(twice)), key=lambda i: max(twice[i], company[i]))
         token = list(chain.from_iterable(s.completion_ids for s in sequences))[where]
@@ -100,8 +91,7 @@ def sampler(case: Case) -> Iterator[Found]:
     numbers = {"tokens": len(errors), "mean": mean(errors), "max": max(errors), "outside_share": share}
     evidence = (
         f"{len(errors)} tokens: sampler and trainer differ by {mean(errors):.2g} nats a token, at most "
-        f"{max(errors):.2g}; "
-        f"{share:.1%} of the importance ratios are outside [0.91, 1.1]"
+        f"{max(errors):.2g}; {share:.1%} of the importance ratios are outside [0.91, 1.1]"
     )
     level = "fail" if mean(errors) > MAX_FAULT else "warn" if mean(errors) > MAX_NOISE else "pass"
     yield Found(level, evidence, numbers)
@@ -124,9 +114,8 @@ def top_mass(case: Case) -> Iterator[Found]:
     ]
     numbers["apart"] = mean(errors) if errors else 0.0
     evidence = (
-        f"the teacher's {wanted} likeliest tokens hold {mean(masses):.3f} of its probability, "
-        f"{min(masses):.3f} at least; a "
-        f"token among them is {numbers['apart']:.2g} nats from its own mark"
+        f"the teacher's {wanted} likeliest tokens hold {mean(masses):.3f} of its probability, {min(masses):.3f} at "
+        f"least; a token among them is {numbers['apart']:.2g} nats from its own mark"
     )
     asked = case.config.objective.estimator == "topk"
     if numbers["apart"] > MAX_NOISE:
@@ -148,7 +137,8 @@ def temperature(case: Case) -> Iterator[Found]:
         if "hidden" in teacher.kinds:
             yield _against_states(name, teacher, teacher, sequences, wanted, "its own hidden states")
             continue
-        weights = _weights_of(case, name)
+        config = case.config
+        weights = named_weights(config.all_teachers[name], config.student.model, vocab_size=case.whole().vocab_size)
         if weights is not None:
             model = f"the weights of {case.config.all_teachers[name].model}"
             yield _against_states(name, teacher, weights, sequences, wanted, model)
@@ -164,20 +154,9 @@ def _against_states(
 ) -> Found:
     """Marks compared with what a model's logits give at many temperatures."""
     marks = teacher.compute_logprobs(sequences)
-    hidden = [score for score in states.score(sequences, "hidden") if isinstance(score, HiddenScores)]
-    head = getattr(states, "head")  # noqa: B009  # a part of the protocol for those that give hidden states alone
-    errors: dict[float, float] = {}
-    for value in sorted({*_TEMPERATURES, wanted}):
-        given = [
-            head_logprobs(
-                head,
-                score.teacher_hidden.to(head.weight.device, head.weight.dtype),
-                torch.tensor(list(sequence.completion_ids), device=head.weight.device),
-                temperature=value,
-            ).tolist()
-            for score, sequence in zip(hidden, sequences, strict=True)
-        ]
-        errors[value] = mean(apart(marks, given))
+    errors = {
+        ratio * wanted: error for ratio, error in errors_by_ratio(marks, states, sequences, temperature=wanted).items()
+    }
     found = min(errors, key=lambda value: errors[value])
     numbers = {
         "teacher": name,
@@ -198,22 +177,6 @@ def _against_states(
             "warn", evidence, numbers, "name the model that marks in teacher.model, or leave it out with a url"
         )
     return Found("fail" if errors[wanted] > MAX_FAULT else "warn", evidence, numbers)
-
-
-def _weights_of(case: Case, name: str) -> LocalTeacher | None:
-    """The teacher that the configuration names, loaded beside one that was brought along or is served; None where its
-    weights are not at hand, or would not fit."""
-    role = case.config.all_teachers[name]
-    if role.url is not None and role.model == case.config.student.model:
-        return None  # the default, which says nothing of the server's weights
-    size = sum(path.stat().st_size for path in Path(role.model).glob("*.safetensors"))
-    device = pick_device(role.device)
-    if not size or 2 * size > memory_budget(device):
-        return None
-    trust = role.trust_remote_code
-    model = load_model(role.model, role="teacher", dtype=torch.float32, device=device, trust_remote_code=trust)
-    model.requires_grad_(False)
-    return LocalTeacher(LanguageModel(model, vocab_size=case.whole().vocab_size))
 
 
 def _against_writing(case: Case, name: str) -> Found:
@@ -280,7 +243,7 @@ def _fitted(teacher: Teacher, sequences: Sequence[TokenSequence], given: Sequenc
         sums = (math.log(math.fsum(math.exp(scale * v) for v in values)) for _, _, values in rows)
         return math.fsum(abs(scale * own - total - row) for (row, own, _), total in zip(rows, sums, strict=True))
 
-    return min(_TEMPERATURES, key=loss)
+    return min((ratio * wanted for ratio in RATIOS), key=loss)
 
 
 # Helpers
@@ -354,9 +317,8 @@ CHECKS = (
         f'warns below {MIN_TOP_MASS:g} with estimator = "topk", and above {MAX_NOISE:g} nats between a '
         "token's mark and the "
         f"same token among the alternatives (fails above {MAX_FAULT:g})",
-        "a top-k objective sees the mass outside its tokens as one number; alternatives of another "
-        "distribution than the "
-        "marks' are none of this teacher's",
+        "a top-k objective sees the mass outside its tokens as one number; alternatives of another distribution than "
+        "the marks' are none of this teacher's",
         "objective.topk = 64",
         weights=True,
         methods=_DISTILL,

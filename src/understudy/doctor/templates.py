@@ -134,12 +134,10 @@ CHECKS = (
     Check(
         "templates.own_answers",
         own_answers,
-        f"warns above {MAX_NLL_DIFFERENCE:g} nats a token more under what the teacher reads than under the "
-        "other view (the "
-        "student's prompt, or the teacher's chat template)",
-        "a teacher that is less sure of its own words under the run's prompt was not made for it, and marks a "
-        "task it does "
-        "not know",
+        f"warns above {MAX_NLL_DIFFERENCE:g} nats a token more under what the teacher reads than under the other view "
+        "(the student's prompt, or the teacher's chat template)",
+        "a teacher that is less sure of its own words under the run's prompt was not made for it, and marks a task it "
+        "does not know",
         'drop "teacher_prompt" from the rows, save the teacher\'s own chat template beside it, or write rows '
         "as messages",
         weights=True,

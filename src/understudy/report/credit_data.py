@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from understudy.report.token_text import Alignment, align, separators, visible_text
+from understudy.report.token_text import Alignment, align, visible_text
 
 Row = Mapping[str, Any]
 
@@ -114,11 +114,10 @@ def pack(
         {str(i): note for i, note in own.items() if 0 <= i < length}
         for own, length in zip(notes or [{}] * len(rollouts), lengths, strict=True)
     ]
-    gaps, alignments = [], []
-    for rollout, own, length in zip(rollouts, texts, lengths, strict=True):
-        text = str(rollout.get("completion_text") or "")
-        gaps += [_GAPS[gap] for gap in separators(own, text)[:length]]
-        alignments.append(align(own, text))
+    alignments = [
+        align(own, str(rollout.get("completion_text") or "")) for rollout, own in zip(rollouts, texts, strict=True)
+    ]
+    gaps = [_GAPS[gap] for one, length in zip(alignments, lengths, strict=True) for gap in one.gaps[:length]]
     if any(gaps):
         columns["gap"] = _array(gaps, "u1")
     return {

@@ -14,7 +14,7 @@ from understudy.report import formatting, page
 from understudy.report.charts import Series, line_chart
 from understudy.report.credit_data import json_script, pack, reverse_kl
 from understudy.report.page import Row
-from understudy.report.run_report import worst_tokens
+from understudy.report.worst_tokens import worst_tokens
 
 # Forking tokens listed; each is a row of context.
 FORKS_SHOWN = 30
@@ -60,7 +60,7 @@ def write_credit_page(units: Sequence[CreditUnit], out: Path, *, title: str, fac
         "rollouts": json_script("rollouts", _rollouts(units)),
         "data": json_script("credit-data", pack(rollouts, notes=notes)),
     }
-    return page.write_page("credit.html", Path(out), context)
+    return page.write_page("credit.html", Path(out), context, scripts=("tokens", "charts", "credit"))
 
 
 def pair_units(
@@ -99,6 +99,7 @@ def _rollouts(units: Sequence[CreditUnit]) -> dict[str, Any]:
     """What the page says of each rollout besides its tokens; equal prompts are written once."""
     prompts: dict[str, int] = {}
     rows = []
+    steps = {rollout.get("step") for unit in units for rollout in unit.rollouts}
     for number, unit in enumerate(units):
         for rollout, label in zip(unit.rollouts, unit.labels or ("",) * len(unit.rollouts), strict=True):
             kls = [kl for kl in reverse_kl(rollout) if kl is not None and math.isfinite(kl)]
@@ -106,7 +107,7 @@ def _rollouts(units: Sequence[CreditUnit]) -> dict[str, Any]:
             rows.append(
                 {
                     "unit": number,
-                    "label": label or _sample(rollout),
+                    "label": label or _sample(rollout, with_step=len(steps) > 1),
                     "heading": page.prompt_heading(rollout),
                     "prompt": prompts.setdefault(str(rollout.get("prompt_text") or ""), len(prompts)),
                     "kl": round(sum(kls) / len(kls), 5) if kls else None,
@@ -118,9 +119,11 @@ def _rollouts(units: Sequence[CreditUnit]) -> dict[str, Any]:
     return {"prompts": list(prompts), "rollouts": rows}
 
 
-def _sample(rollout: Row) -> str:
-    """Which of a prompt's completions this is."""
-    return f"sample {rollout['sample_index']}" if isinstance(rollout.get("sample_index"), int) else ""
+def _sample(rollout: Row, *, with_step: bool) -> str:
+    """Which of a prompt's completions this is, and of which step where the page has several."""
+    fields = ("step", "sample") if with_step else ("sample",)
+    keys = {"step": "step", "sample": "sample_index"}
+    return ", ".join(f"{name} {rollout[keys[name]]}" for name in fields if isinstance(rollout.get(keys[name]), int))
 
 
 def _charts(units: Sequence[CreditUnit]) -> list[Markup]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,8 +67,13 @@ class RolloutGroup:
     cards: tuple[RolloutCard, ...]
 
 
-def write_page(template: str, out: Path, context: Mapping[str, Any]) -> Path:
-    """Render ``template`` to one self-contained file; every value that is not markup is escaped."""
+def write_page(
+    template: str, out: Path, context: Mapping[str, Any], *, scripts: Sequence[str] = ("tokens", "charts")
+) -> Path:
+    """Render ``template`` to one self-contained file; every value that is not markup is escaped.
+
+    ``scripts`` run in this order at the end of the page, and by its policy no other does.
+    """
     environment = Environment(
         loader=PackageLoader("understudy.report", "templates"),
         autoescape=lambda name: name is not None and name.endswith(".html"),
@@ -75,13 +81,10 @@ def write_page(template: str, out: Path, context: Mapping[str, Any]) -> Path:
         trim_blocks=True,
     )
     environment.filters["paragraphs"] = paragraphs
-    scripts = {
-        name: "\n".join(environment.get_template(f"{part}.js").render() for part in parts)
-        for name, parts in (("common", ("tokens", "charts")), ("credit", ("credit",)))
-    }
+    sources = [environment.get_template(f"{name}.js").render() for name in scripts]
     # The page's policy allows these by their hashes: markup that came in with a text could not run any other.
-    hashes = [f"'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'" for script in scripts.values()]
-    allowed = {name: Markup(script) for name, script in scripts.items()}
+    hashes = [f"'sha256-{b64encode(sha256(source.encode()).digest()).decode()}'" for source in sources]
+    allowed = [Markup(source) for source in sources]
     html = environment.get_template(template).render(
         levels=LEVELS, scripts=allowed, script_hashes=Markup(" ".join(hashes)), **context
     )
@@ -107,8 +110,8 @@ def grid(rows: Sequence[Mapping[str, str]]) -> Grid | None:
 
 
 def finite_number(value: object) -> float | None:
-    """``value`` as a float if it is a finite number, else ``None``."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """``value`` as a float if it is a finite number that a float holds, else ``None``."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         return None
     return float(value)
 
@@ -116,10 +119,17 @@ def finite_number(value: object) -> float | None:
 def points(rows: Iterable[Row], key: str, x_key: str = "step") -> list[tuple[float, float]]:
     """(x, y) of the rows that hold ``key``; NaN stays, so that a chart can say that it was there."""
     return [
-        (float(row[x_key]), float(row[key]))
+        (_drawn(row[x_key]), _drawn(row[key]))
         for row in rows
         if isinstance(row.get(key), int | float) and isinstance(row.get(x_key), int | float)
     ]
+
+
+def _drawn(value: float) -> float:
+    """Without magnitudes that no axis has, and whose differences and quotients no float holds."""
+    if abs(value) > 1e100:
+        return math.inf if value > 0 else -math.inf
+    return float(value) if abs(value) > 1e-100 or math.isnan(value) else 0.0
 
 
 def series(rows: Sequence[Row], key: str, name: str, *, error_key: str = "", x_key: str = "step") -> Series:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,10 @@ from understudy.report import formatting, page
 from understudy.report.cost_panel import bars_svg, cost_bars, cost_rows
 from understudy.report.curves import Curve
 from understudy.report.page import Headline, Row
+from understudy.report.run_data import read_costs
 from understudy.report.timeline import Point, Timeline, timeline_curves, timeline_of
+
+log = logging.getLogger("understudy")
 
 _OUTCOMES = {"kept": "", "rolled_back": "rolled back", "stopped": "stopped the pipeline"}
 # A fall or a rise beyond so many standard errors of both ends is called one.
@@ -31,21 +35,22 @@ class PhaseRow:
     gates: tuple[str, ...]
 
 
-def write_pipeline_report(folder: Path, out: Path | None = None) -> Path:
+def write_pipeline_report(folder: Path, out: Path | None = None, *, state: Mapping[str, Any] | None = None) -> Path:
     """Write the page of the pipeline in ``folder`` to ``out`` (default: ``folder/report.html``) and return its path.
 
-    Links are relative: the page works wherever the folder is moved to.
+    Links are relative: the page works wherever the folder is moved to. ``state``: what pipeline.json holds, where it
+    has been read and checked.
     """
     folder = Path(folder)
-    state = read_state(folder)
-    phases = state["phases"]
+    content = state or read_state(folder)
+    phases = content["phases"]
     metrics = metrics_of(phases)
-    timeline = timeline_of(folder, state, metrics)
+    timeline = timeline_of(folder, content, metrics)
     roles = summed_costs([_roles(folder / phase["folder"] / "costs.json") for phase in phases])
     curves = timeline_curves(timeline)
     context = {
         "title": folder.resolve().name,
-        "intro": _intro(state),
+        "intro": _intro(content),
         "headlines": _headlines(phases, timeline),
         "columns": (
             *("Cycle", "Method", "Steps", "Time", "Compute"),
@@ -61,10 +66,10 @@ def write_pipeline_report(folder: Path, out: Path | None = None) -> Path:
     return page.write_page("pipeline_report.html", Path(out) if out is not None else folder / "report.html", context)
 
 
-def pipeline_curves(folder: Path) -> list[Curve]:
+def pipeline_curves(folder: Path, *, state: Mapping[str, Any] | None = None) -> list[Curve]:
     """Every curve of the page."""
-    state = read_state(folder)
-    return timeline_curves(timeline_of(folder, state, metrics_of(state["phases"])))
+    content = state or read_state(folder)
+    return timeline_curves(timeline_of(folder, content, metrics_of(content["phases"])))
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -74,7 +79,11 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def _roles(path: Path) -> Mapping[str, Row]:
     """Costs by role; an evaluation has none."""
-    return json.loads(path.read_text(encoding="utf-8"))["roles"] if path.exists() else {}
+    missing: list[str] = []
+    roles = read_costs(path, missing) if path.exists() else {}
+    for problem in missing:
+        log.warning("%s: left out of the pipeline's costs: %s", path.parent, problem)
+    return roles
 
 
 def summed_costs(costs: Sequence[Mapping[str, Row]]) -> dict[str, dict[str, float]]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import tomllib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, InstanceOf
 
 Row = Mapping[str, Any]
 
@@ -20,6 +23,52 @@ _SECRET = re.compile(
 
 # Files of rollouts that are looked at for the middle of a run, and that alarms may name.
 MIDDLES, NAMED = 5, 6
+
+_Text = InstanceOf[str]  # pydantic's own str has no room for half of a surrogate pair, which pages can show
+
+
+class _Form(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Topk(_Form):
+    ids: list[list[int]]
+    tokens: list[list[_Text]]
+    logprobs: list[list[float]]
+
+
+class _Rollout(_Form):
+    """What pages compute with; a stored rollout whose values are of another kind is left out."""
+
+    step: int | None = None
+    prompt_index: int | None = None
+    task: _Text | None = None
+    reward: float | None = None
+    completion_ids: list[int] | None = None
+    completion_tokens: list[_Text] | None = None
+    sampler_logprobs: list[float | None] | None = None
+    teacher_logprobs: list[float | None] | None = None
+    loss_mask: list[bool] | None = None
+    teacher_topk: _Topk | None = None
+
+
+class _Place(_Form):
+    file: _Text | None = None
+    index: int | None = None
+
+
+class _Start(_Form):
+    """A row of what was seen when the run was begun or gone on with."""
+
+    step: int
+
+
+class _Alarm(_Form):
+    step: int
+    rollouts: list[_Place] | None = None
+
+
+_OPTIONAL: Mapping[str, type[BaseModel]] = {"guards": _Alarm, "doctor": _Start, "environment": _Start}
 
 
 @dataclass(frozen=True)
@@ -53,10 +102,8 @@ def load_run(run_dir: Path) -> RunData:
     rows, problem = read_jsonl(run_dir / "metrics.jsonl")
     missing += [problem] if problem else []
     config = _read_config(run_dir / "config.toml", missing)
-    costs = _read_costs(run_dir / "costs.json", missing)
-    optional = {
-        name: _read_optional(run_dir / f"{name}.jsonl", missing) for name in ("guards", "doctor", "environment")
-    }
+    costs = read_costs(run_dir / "costs.json", missing)
+    optional = {name: _read_optional(run_dir / f"{name}.jsonl", form, missing) for name, form in _OPTIONAL.items()}
     rollouts, over_time = _read_rollouts(run_dir / "rollouts", optional["guards"], missing)
     return RunData(
         path=run_dir,
@@ -72,15 +119,16 @@ def load_run(run_dir: Path) -> RunData:
     )
 
 
-def _read_optional(path: Path, missing: list[str]) -> tuple[Row, ...]:
+def _read_optional(path: Path, form: type[BaseModel], missing: list[str]) -> tuple[Row, ...]:
     """Rows of a file that not every run has."""
-    rows, problem = read_jsonl(path) if path.is_file() else ([], "")
+    rows, problem = read_jsonl(path, form) if path.is_file() else ([], "")
     missing += [problem] if "unreadable" in problem else []
     return tuple(rows)
 
 
-def read_jsonl(path: Path) -> tuple[list[Row], str]:
-    """The rows of a JSON Lines file and, in words, what is wrong with it (empty: nothing).
+def read_jsonl(path: Path, form: type[BaseModel] | None = None) -> tuple[list[Row], str]:
+    """The rows of a JSON Lines file, those of another ``form`` left out, and, in words, what is wrong with it (empty:
+    nothing).
 
     A run that was killed leaves half a line at the end; the other lines still count.
     """
@@ -92,6 +140,8 @@ def read_jsonl(path: Path) -> tuple[list[Row], str]:
             continue
         try:
             row = json.loads(line)
+            if form is not None:  # raises a ValueError
+                form.model_validate(row)
         except (ValueError, RecursionError):
             broken += 1
             continue
@@ -105,11 +155,12 @@ def read_jsonl(path: Path) -> tuple[list[Row], str]:
 
 
 def merge_by_step(rows: Iterable[Row]) -> tuple[Row, ...]:
-    """One row per step, ascending. A resumed run writes a step again: the later value wins."""
+    """One row per step, ascending, those without a finite one left out. A resumed run writes a step again: the later
+    value wins."""
     merged: dict[float, dict[str, Any]] = {}
     for row in rows:
         step = row.get("step")
-        if isinstance(step, int | float) and not isinstance(step, bool):
+        if isinstance(step, int | float) and not isinstance(step, bool) and abs(step) <= sys.float_info.max:
             merged.setdefault(step, {}).update(row)
     return tuple(merged[step] for step in sorted(merged))
 
@@ -149,7 +200,8 @@ def _read_config(path: Path, missing: list[str]) -> Mapping[str, Any]:
         return {}
 
 
-def _read_costs(path: Path, missing: list[str]) -> Mapping[str, Row]:
+def read_costs(path: Path, missing: list[str]) -> Mapping[str, Row]:
+    """Costs by role; what is wrong with the file is added to ``missing``."""
     if not path.is_file():
         missing.append("costs.json: no such file")
         return {}
@@ -178,7 +230,7 @@ def _read_rollouts(
     stored: dict[int, tuple[Row, ...]] = {}
 
     def read(step: int) -> None:
-        rows, problem = ([], "") if step in stored else read_jsonl(files[step])
+        rows, problem = ([], "") if step in stored else read_jsonl(files[step], _Rollout)
         missing.extend([f"rollouts/{problem}"] if problem else [])
         stored.update({step: tuple(rows)} if rows else {})
 

@@ -10,13 +10,18 @@ from dataclasses import dataclass
 ZERO_GUTTER = 26.0
 
 
+def same(low: float, high: float) -> bool:
+    """Whether nothing but rounding lies between them: ticks have twelve digits."""
+    return high - low <= 1e-9 * max(abs(low), abs(high))
+
+
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten that cover ``low``..``high`` in about ``count`` intervals.
 
     >>> nice_ticks(0.0, 0.93)
     [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     """
-    if high <= low:
+    if same(low, high):
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
@@ -66,8 +71,9 @@ class Axis:
 def linear_x_axis(values: Sequence[float], start: float, end: float) -> Axis:
     """An axis that ends where the data end, so that no width is lost."""
     low, high = min(values), max(values)
-    if high == low:
-        low, high = low - 0.5, high + 0.5
+    if same(low, high):
+        room = max(0.5, abs(low) / 2**20)
+        low, high = low - room, high + room
     ticks = [t for t in nice_ticks(low, high) if low <= t <= high]
     return Axis(low, high, start, end, ticks)
 
@@ -78,7 +84,7 @@ def log_x_axis(values: Sequence[float], start: float, end: float) -> Axis:
     if not positive:
         return linear_x_axis(values, start, end)
     low, high = min(positive), max(positive)
-    if high <= low:
+    if same(low, high):
         low, high = low / 2, high * 2
     gutter = ZERO_GUTTER if len(positive) < len(values) else 0.0
     return Axis(low, high, start, end, log_ticks(low, high), log=True, gutter=gutter)
@@ -86,7 +92,7 @@ def log_x_axis(values: Sequence[float], start: float, end: float) -> Axis:
 
 def y_axis(low: float, high: float, start: float, end: float) -> Axis:
     """A linear axis ending on ticks. It starts at 0 unless that would waste more than half of the height."""
-    if low == high:
+    if same(low, high):
         low, high = min(low, 0.0), max(high, 0.0) or (1.0 if low == 0 else 0.0)
     if 0 <= low < high / 2:
         low = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ _KEPT_INVISIBLE = {"\u200c", "\u200d"}
 
 @dataclass(frozen=True)
 class BytePiece:
-    """A token that is part ``part`` (from 1) of ``parts`` of ``characters``, which no single token holds."""
+    """A token that is part ``part`` (from 1) of ``parts`` of ``characters``, which no single token holds. A space that
+    the first carries is a gap."""
 
     characters: str
     part: int
@@ -40,6 +42,15 @@ def visible_text(token: str) -> str:
     return text + "\n" if "\n" in token else text
 
 
+def token_name(token: str) -> str:
+    """The token where it stands alone, out of any text: " yes" and "yes" are two, and look it.
+
+    >>> token_name(" yes"), token_name("\\n")
+    ('␣yes', '↵')
+    """
+    return visible_text(token).removesuffix("\n").replace(" ", "␣")
+
+
 def _visible_character(character: str) -> str:
     if character in "\n\t":
         return _VISIBLE[character]
@@ -56,92 +67,81 @@ def is_sign(token: str) -> bool:
     return not token or token.isspace()
 
 
-def separators(tokens: Sequence[str], text: str) -> list[str]:
-    """What to print before each token so that the tokens read like ``text``.
-
-    Tokens that carry their own spaces need nothing. Word-like tokenizers drop them; they are taken from
-    ``text``, and where a token is not in it (an end token), a space stands in.
-
-    >>> separators(["a", "b", "<end>"], "a b")
-    ['', ' ', ' ']
-    """
-    spaceless = not any(character.isspace() for token in tokens for character in token)
-    result, cursor = [], 0
-    for index, token in enumerate(tokens):
-        gap = len(text) - cursor - len(text[cursor:].lstrip()) if spaceless else 0
-        if token and text.startswith(token, cursor):
-            result.append("")
-            cursor += len(token)
-        elif token and gap and text.startswith(token, cursor + gap):
-            result.append("\n" if "\n" in text[cursor : cursor + gap] else " ")
-            cursor += gap + len(token)
-        else:
-            result.append(" " if spaceless and index else "")
-    return result
-
-
 @dataclass(frozen=True)
 class Alignment:
-    """Where tokens stand in the text they make: ``pieces`` by position, and the positions that the text leaves out."""
+    """Where tokens stand in the text they make: ``gaps``, what to print before each so that they read like the text;
+    ``pieces`` by position; and the positions that the text leaves out."""
 
+    gaps: Sequence[str]
     pieces: Mapping[int, BytePiece]
-    left_out: tuple[int, ...]
+    left_out: Sequence[int]
 
 
 def align(tokens: Sequence[str], text: str) -> Alignment:
-    """Tokens that hold single bytes of a character, with the characters that ``text`` has in their place; and tokens
-    that ``text`` does not have, as end tokens.
+    """Lay tokens along the text they were decoded to.
+
+    Most tokens carry their own spaces and need no gap. Word-like tokenizers drop them, and those that write a space as
+    "▁" lose it where a token is decoded alone: the gap is what ``text`` has in between. Between words that the text
+    does not have, as end tokens, a space stands in.
 
     A tokenizer without a token for "🙂" writes it in several, and each alone reads as U+FFFD. The characters are what
-    ``text`` has between the tokens around such a run; a run that cannot be placed is left alone. Without a text nothing
-    is known of either.
+    ``text`` has between the tokens around such a run; a run that cannot be placed is left alone. Without a text, or
+    where tokens do not make it, nothing is left out.
 
-    >>> align(["a", "\ufffd", "\ufffd", " b", "<end>"], "a🙂 b").pieces[2]
+    >>> align(["a", "b", "<end>"], "a b")
+    Alignment(gaps=['', ' ', ' '], pieces={}, left_out=[2])
+    >>> align(["a", "\ufffd", "\ufffd", " b"], "a🙂 b").pieces[2]
     BytePiece(characters='🙂', part=2, parts=2)
-    >>> align(["a", "<end>"], "a").left_out
-    (1,)
     """
+    filler = "" if any(character.isspace() for token in tokens for character in token) else " "
+    gaps: list[str] = []
     pieces: dict[int, BytePiece] = {}
     left_out: list[int] = []
-    cursor, index = 0, 0
-    while text and index < len(tokens):
+    cursor = 0
+    while len(gaps) < len(tokens):
+        index = len(gaps)
         token = tokens[index]
         place = _place(token, text, cursor)
         if place is not None:
-            cursor, index = place + len(token), index + 1
-        elif REPLACEMENT not in token:
+            gaps.append(_gap(text[cursor:place]))
+            cursor = place + len(token)
+        elif REPLACEMENT not in token or not text:
             left_out.append(index)
-            index += 1
+            gaps.append(filler if index else "")
         else:
             end = next((i for i in range(index, len(tokens)) if REPLACEMENT not in tokens[i]), len(tokens))
             stop = _run_end(tokens[end:], text, cursor)
-            characters = _unknown_part(tokens[index:end], text[cursor:stop])
+            covered = text[cursor:stop]
+            characters = covered.lstrip() if stop == len(text) else covered.strip()
+            gaps += [""] * (end - index)
             if characters:
                 pieces |= {i: BytePiece(characters, i - index + 1, end - index) for i in range(index, end)}
-            cursor, index = stop, end
-    return Alignment(pieces, tuple(left_out))
+                gaps[index] = _gap(covered[: covered.index(characters)])
+                cursor += covered.index(characters) + len(characters)
+    whole = not text[cursor:].strip()
+    return Alignment(gaps, pieces, left_out if text and whole else [])
+
+
+def _gap(blanks: str) -> str:
+    return "\n" if "\n" in blanks else " " if blanks else ""
 
 
 def _place(token: str, text: str, cursor: int) -> int | None:
-    """Where ``token`` stands in ``text``: at ``cursor``, or behind the space that its tokenizer dropped."""
-    if not token:
-        return cursor
-    if text.startswith(token, cursor):
-        return cursor
-    behind = cursor + len(text[cursor:]) - len(text[cursor:].lstrip(" "))
+    """Where ``token`` stands in ``text``: at ``cursor``, or behind blanks that its tokenizer dropped."""
+    if not token or text.startswith(token, cursor):
+        return cursor if token or text else None
+    behind = len(text) - len(text[cursor:].lstrip())
     return behind if behind > cursor and text.startswith(token, behind) else None
 
 
 def _run_end(following: Sequence[str], text: str, cursor: int) -> int:
-    """Where the text of a run of byte tokens ends: before the next token that the text has, or with the text."""
+    """Where the text of a run of byte tokens ends: before the next token that the text has, with the word before a
+    blank that decodes to nothing, or with the text."""
     for token in following:
-        found = text.find(token, cursor + 1) if token and REPLACEMENT not in token else -1
+        if not token:
+            word = re.compile(r"\s*\S+").match(text, cursor)
+            return word.end() if word else len(text)
+        found = text.find(token, cursor + 1) if REPLACEMENT not in token else -1
         if found >= 0:
             return found
     return len(text)
-
-
-def _unknown_part(run: Sequence[str], covered: str) -> str:
-    """``covered`` without what the first and the last token of its run say in plain text: a space before, mostly."""
-    before, after = run[0].partition(REPLACEMENT)[0], run[-1].rpartition(REPLACEMENT)[2]
-    return covered.removeprefix(before).removesuffix(after)

@@ -13,7 +13,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from understudy.report.credit_data import json_attribute, pack, reverse_kl, token_texts
-from understudy.report.token_text import BytePiece, align, is_sign, separators, visible_text
+from understudy.report.token_text import BytePiece, align, is_sign, visible_text
 
 # Shades on each side of zero: more cannot be told apart by eye, and a class per shade keeps the markup short.
 LEVELS = 8
@@ -50,11 +50,10 @@ def token_spans(
     texts = token_texts(rollout)
     shown = texts[:max_tokens]
     kls = reverse_kl(rollout)
-    text = str(rollout.get("completion_text") or "")
-    gaps, pieces = separators(texts, text), align(texts, text).pieces
+    aligned = align(texts, str(rollout.get("completion_text") or ""))
     body = "".join(
-        str(escape(gaps[i]))
-        + _element(texts[i], colour_level(kls[i], scale), notes.get(i), pieces.get(i), first=i == 0)
+        str(escape(aligned.gaps[i]))
+        + _element(texts[i], colour_level(kls[i], scale), notes.get(i), aligned.pieces.get(i), first=i == 0)
         for i in range(len(shown))
     )
     hint = "Completion, one element per token. Arrow keys move between tokens."

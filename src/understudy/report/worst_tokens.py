@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from understudy.report import formatting
 from understudy.report.credit_data import reverse_kl, token_texts
 from understudy.report.page import Row
-from understudy.report.token_text import align, separators, visible_text
+from understudy.report.token_text import align, token_name, visible_text
 from understudy.report.tokens import piece_text
 
 WORST_SHOWN = 15
@@ -34,17 +34,18 @@ def worst_tokens(rollouts: Sequence[Row], count: int = WORST_SHOWN) -> list[dict
 
 
 def _worst_row(rollout: Row, index: int, value: float) -> dict[str, str]:
-    tokens, text = token_texts(rollout), str(rollout.get("completion_text") or "")
-    gaps, bytes_of = separators(tokens, text), align(tokens, text).pieces
+    tokens = token_texts(rollout)
+    aligned = align(tokens, str(rollout.get("completion_text") or ""))
+    gaps, bytes_of = aligned.gaps, aligned.pieces
     shown = [piece_text(bytes_of[i]) if i in bytes_of else visible_text(token) for i, token in enumerate(tokens)]
     # Line breaks would tear the table's row apart; their sign is enough here.
     pieces = [gap + own.rstrip("\n") for gap, own in zip(gaps, shown, strict=True)]
     start = max(0, index - CONTEXT_BEFORE)
     topk = rollout.get("teacher_topk")
     choice = "–"
-    if topk and topk["tokens"][index]:
-        name, logprob = topk["tokens"][index][0], float(topk["logprobs"][index][0])
-        choice = f"{visible_text(name).strip()} ({_probability(logprob)})"
+    names = (topk.get("tokens") or topk["ids"])[index] if topk else None
+    if topk and names and topk["logprobs"][index][0] is not None:
+        choice = f"{token_name(str(names[0]))} ({_probability(float(topk['logprobs'][index][0]))})"
     return {
         "before": ("… " if start else "") + "".join(pieces[start:index]) + gaps[index],
         "token": shown[index].rstrip("\n"),

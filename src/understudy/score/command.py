@@ -30,13 +30,19 @@ log = logging.getLogger("understudy")
 
 @dataclass(frozen=True)
 class Models:
-    """Who writes and who marks. ``tokenizer``: whose texts tokens get, where no student is named."""
+    """Who writes and who marks. ``tokenizer``: whose texts tokens get, where no student is named. ``trusted``: the
+    roles whose own Python code may run."""
 
     student: str | None = None
     teacher: str | None = None
     tokenizer: str | None = None
     device: str = "auto"
     topk: int = 5
+    trusted: frozenset[str] = frozenset()
+
+    def text(self, role: str) -> ModelText:
+        """Tokenizer and configuration of the model in a role that is named. Raises ConfigError, as load_text does."""
+        return load_text(getattr(self, role), role, trust_remote_code=role in self.trusted)
 
 
 @dataclass(frozen=True)
@@ -63,12 +69,12 @@ def score_prompts(prompts: Sequence[str], models: Models, sampling: Sampling, ou
                 expected="both: the student writes, and both mark",
                 remedy='understudy score --student S --teacher T --prompt "..."',
             )
-    records = _answered(prompts, models, sampling)
+    records = answered(prompts, models, sampling)
     facts = [f"Written by {models.student}, marked by {models.teacher}.", counted(records)]
     return write_credit_page(_single(records), out, title="Sampled answers", facts=facts)
 
 
-def _answered(prompts: Sequence[str], models: Models, sampling: Sampling) -> list[Record]:
+def answered(prompts: Sequence[str], models: Models, sampling: Sampling) -> list[Record]:
     with tempfile.TemporaryDirectory() as folder:
         config = _config(Path(folder), prompts, models, sampling)
         checked = check_run(config, "distill")
@@ -98,13 +104,17 @@ def _answered(prompts: Sequence[str], models: Models, sampling: Sampling) -> lis
 def _config(folder: Path, prompts: Sequence[str], models: Models, sampling: Sampling) -> RunConfig:
     """The run that would train on these prompts: its checks are the ones wanted here."""
     assert models.student is not None
-    chat = not sampling.plain and load_text(models.student, "student").tokenizer.chat_template
+    chat = not sampling.plain and models.text("student").tokenizer.chat_template
     rows = [{"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt} for prompt in prompts]
     write_jsonl(folder / "prompts.jsonl", rows)
     tree: Mapping[str, Any] = {
         "output_dir": str(folder / "run"),
-        "student": {"model": models.student, "device": models.device},
-        "teacher": {"model": models.teacher},
+        "student": {
+            "model": models.student,
+            "device": models.device,
+            "trust_remote_code": "student" in models.trusted,
+        },
+        "teacher": {"model": models.teacher, "trust_remote_code": "teacher" in models.trusted},
         "prompts": {"path": str(folder / "prompts.jsonl")},
         "sampling": {"group_size": sampling.samples, "max_completion_tokens": sampling.max_completion_tokens},
     }
@@ -115,23 +125,23 @@ def score_source(source: Source, models: Models, out: Path) -> Path:
     """Write the page of a run's step or a file; records without marks get those of the models that were named.
 
     Raises:
-        ConfigError: nothing is known of its tokens, and no models are named.
+        ConfigError: nothing is known of its tokens, and no models are named; or they are, for a run.
     """
-    records = _marked(source.records, models)
+    records = _marked(source, models)
     facts = [counted(records)]
     if models.teacher is not None:
         facts.insert(0, f"Marked by {models.teacher}.")
     return write_credit_page(_single(records), out, title=source.name, facts=facts)
 
 
-def score_pair(before: Source, after: Source, out: Path) -> Path:
+def score_pair(before: Source, after: Source, models: Models, out: Path) -> Path:
     """Write the page of two steps, or files, with the same prompts side by side.
 
     Raises:
-        ConfigError: they have no prompt in common.
+        ConfigError: they have no prompt in common; otherwise as ``score_source``.
     """
     labels = (before.name, after.name)
-    units = pair_units(before.records, after.records, labels=labels)
+    units = pair_units(_marked(before, models), _marked(after, models), labels=labels)
     if not units:
         raise ConfigError(
             f"--compare {before.name} and {after.name}",
@@ -159,7 +169,15 @@ def _single(records: Sequence[Record]) -> list[CreditUnit]:
     return [CreditUnit((record,)) for record in records]
 
 
-def _marked(records: Sequence[Record], models: Models) -> list[Record]:
+def _marked(source: Source, models: Models) -> list[Record]:
+    records = source.records
+    if source.is_run and (models.student or models.teacher):
+        raise ConfigError(
+            source.name,
+            got=f"{models.student or models.teacher} as student or teacher",
+            expected="no models: a run has kept its own marks",
+            remedy="drop them; to mark stored rollouts anew, give their file with --text",
+        )
     unmarked = [r for r in records if not (r.get("sampler_logprobs") or r.get("teacher_logprobs"))]
     if unmarked and models.student is None:
         raise ConfigError(
@@ -168,11 +186,11 @@ def _marked(records: Sequence[Record], models: Models) -> list[Record]:
             expected="models that mark them",
             remedy="add --student S --teacher T",
         )
-    reader = models.student or models.tokenizer or models.teacher
+    reader = next((role for role in ("student", "tokenizer", "teacher") if getattr(models, role)), None)
     if reader is None:
         return [_with_texts(record) for record in records]
-    text = load_text(reader, "student" if models.student else "tokenizer")
-    teacher_text = load_text(models.teacher, "teacher") if models.teacher else None
+    text = models.text(reader)
+    teacher_text = models.text("teacher") if models.teacher else None
     if teacher_text is not None:
         check_same_tokens(text, teacher_text)
     complete = [as_ids(record, text, lambda own: _prompt_ids(own, text), _end_id(text)) for record in records]
@@ -180,21 +198,24 @@ def _marked(records: Sequence[Record], models: Models) -> list[Record]:
     width = min(one.vocab_width for one in (text, teacher_text) if one is not None)
     student = teacher = None
     if models.student is not None:
-        config = StudentConfig(model=models.student, device=models.device)
+        trust = "student" in models.trusted
+        config = StudentConfig(model=models.student, device=models.device, trust_remote_code=trust)
         student = LocalTeacher(load_student(config, vocab_size=width))
     if models.teacher is not None:
-        teacher = LocalTeacher(_teacher(models.teacher, student, models.device, width))
+        teacher = LocalTeacher(_teacher(models, student, width))
     return with_marks(complete, text, student=student, teacher=teacher, topk=models.topk)
 
 
-def _teacher(name: str, student: LocalTeacher | None, device: str, width: int) -> LanguageModel:
+def _teacher(models: Models, student: LocalTeacher | None, width: int) -> LanguageModel:
     """In the student's dtype, so that a teacher that is the student differs by nothing."""
     import torch
 
-    own = student.model.device if student else pick_device(device)
+    assert models.teacher is not None
+    own = student.model.device if student else pick_device(models.device)
     dtype = student.model.dtype if student else torch.float32
-    model = load_model(name, role="teacher", dtype=dtype, device=own).requires_grad_(False)
-    return LanguageModel(model, vocab_size=width)
+    trust = "teacher" in models.trusted
+    model = load_model(models.teacher, role="teacher", dtype=dtype, device=own, trust_remote_code=trust)
+    return LanguageModel(model.requires_grad_(False), vocab_size=width)
 
 
 def _end_id(text: ModelText) -> int | None:

@@ -8,13 +8,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from understudy.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from understudy.errors import ConfigError, first_line
 from understudy.rollout_store import read_rollouts, rollouts_path
 from understudy.score.dumps import read_object
 
 Record = dict[str, Any]
+Step = int | Literal["all"]
 
 # Lists with one entry per completion token.
 PER_TOKEN = (
@@ -27,19 +30,51 @@ PER_TOKEN = (
     "student_entropy",
     "teacher_entropy",
 )
+_Numbers = list[float | None] | None
+
+
+class _Alternatives(BaseModel):
+    model_config = ConfigDict(strict=True)
+    ids: list[list[int | None]] | None = None
+    tokens: list[list[str]] | None = None
+    logprobs: list[list[float | None]]
+
+
+class _Plain(BaseModel):
+    """The types of docs/credit.md's plain form, where a wrong one would end in a traceback later."""
+
+    model_config = ConfigDict(strict=True)
+    completion_ids: list[int] | None = None
+    completion_tokens: list[str] | None = None
+    completion_text: str | None = None
+    prompt_ids: list[int] | None = None
+    teacher_prompt_ids: list[int] | None = None
+    prompt_text: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    sampler_logprobs: _Numbers = None
+    teacher_logprobs: _Numbers = None
+    trainer_logprobs: _Numbers = None
+    advantages: _Numbers = None
+    student_entropy: _Numbers = None
+    teacher_entropy: _Numbers = None
+    loss_mask: list[bool | int] | None = None
+    teacher_topk: _Alternatives | None = None
+    student_topk: _Alternatives | None = None
+    reward: float | None = None
+    finish_reason: str | None = None
 
 
 @dataclass(frozen=True)
 class Source:
-    """Records, and words for where they are from."""
+    """Records, and words for where they are from. ``is_run``: they have the marks of their run."""
 
     name: str
     records: Sequence[Record]
-    step: int | None = None
+    is_run: bool = False
 
 
-def read_source(place: str, *, step: int | None = None, form: str | None = None) -> Source:
-    """``runs/x`` (its last stored step, or ``step``), ``runs/x@40``, or a file.
+def read_source(place: str, *, step: Step | None = None, form: str | None = None) -> Source:
+    """``runs/x`` (its last stored step, or ``step``, or all), ``runs/x@40``, or a file.
 
     Raises:
         ConfigError: no such run, step or file, or what a file holds cannot be read.
@@ -70,27 +105,33 @@ def stored_steps(run: Path) -> list[int]:
     return sorted(int(match[1]) for match in names if match)
 
 
-def _of_run(run: Path, step: int | None) -> Source:
+def _of_run(run: Path, step: Step | None) -> Source:
     steps = stored_steps(run)
-    if not steps or (step is not None and step not in steps):
+    if not steps or (step not in (None, "all") and step not in steps):
         raise ConfigError(
             f"run {run}" if not steps else f"run {run}, step {step}",
             got="no such folder" if not run.is_dir() else "no rollouts/" if not steps else "no rollouts of that step",
             expected=f"one of the steps {', '.join(map(str, steps))}" if steps else "a run with stored rollouts",
             remedy="set rollouts.every and rollouts.per_step in the run's file" if not steps else f"--step {steps[-1]}",
         )
+    name = run.resolve().name
+    if step == "all":
+        records = [record for own in steps for record in _stored(run, own)]
+        return Source(f"{name}, steps {steps[0]} to {steps[-1]}", records, is_run=True)
     chosen = steps[-1] if step is None else step
-    path = rollouts_path(run / "rollouts", chosen)
+    return Source(f"{name}, step {chosen}", _stored(run, chosen), is_run=True)
+
+
+def _stored(run: Path, step: int) -> list[Record]:
     try:
-        records = read_rollouts(path)
+        return read_rollouts(rollouts_path(run / "rollouts", step))
     except ValueError as error:  # a broken line, or another version of the schema
         raise ConfigError(
-            f"run {run}, step {chosen}",
+            f"run {run}, step {step}",
             got=str(error),
             expected="rollouts that this version of understudy has written",
             remedy="choose another step, or make the run again",
         ) from None
-    return Source(f"{run.resolve().name}, step {chosen}", records, chosen)
 
 
 def read_file(path: Path, *, form: str | None = None) -> list[Record]:
@@ -123,23 +164,33 @@ def _objects(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield str(path), _tensors(path)
         return
     if path.suffix == ".json":
-        whole = _json(path.read_text(encoding="utf-8"), str(path))
+        whole = _json(_text(path), str(path))
         several = whole if isinstance(whole, list) else [whole]
         yield from ((f"{path}[{number}]", _object(own, f"{path}[{number}]")) for number, own in enumerate(several))
         return
     # Not splitlines, which also splits at the line separators of Unicode that texts may hold.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if line.strip():
             where = f"{path}:{number}"
             yield where, _object(_json(line, where), where)
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # some editors begin files with a byte order mark
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}", got=str(error), expected="text in UTF-8", remedy="write it anew in UTF-8"
+        ) from None
+
+
 def _json(text: str, where: str) -> Any:
+    """Not as strict as rows are: a log-probability may be -Infinity, which Python writes."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(
-            where, got=str(error), expected="JSON: an object per line, or one file", remedy="fix or delete it"
+            where, got=first_line(error), expected="JSON: an object per line, or one file", remedy="fix or delete it"
         ) from None
 
 
@@ -174,19 +225,32 @@ def _plain(value: Any) -> Any:
 
 
 def _checked(record: Record, where: str) -> Record:
-    """Raise ConfigError for a record whose lists do not fit its tokens, or that has neither tokens nor text."""
+    """Raise ConfigError for a record with values of wrong types, whose lists do not fit its tokens, or that has neither
+    tokens nor text."""
+    try:
+        _Plain.model_validate(record)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ConfigError(
+            where,
+            got=f"{'.'.join(map(str, first['loc']))} = {first['input']!r}"[:200],
+            expected=first["msg"].removeprefix("Input should be "),
+            remedy="docs/credit.md describes the plain form and what is read of others",
+        ) from None
     tokens = (
         record.get("completion_ids") if record.get("completion_ids") is not None else record.get("completion_tokens")
     )
-    if tokens is None and not record.get("completion_text"):
+    if tokens is None and record.get("completion_text") is None:
         raise ConfigError(
             where,
             got=f"a record with {', '.join(sorted(record)) or 'nothing'}",
             expected='"completion_ids", "completion_tokens" or "completion_text"',
             remedy="docs/credit.md describes the plain form",
         )
-    for name in PER_TOKEN:
-        values = record.get(name)
+    columns = {name: record.get(name) for name in PER_TOKEN}
+    for name in ("teacher_topk", "student_topk"):
+        columns |= {f"{name}.logprobs": (record.get(name) or {}).get("logprobs")}
+    for name, values in columns.items():
         if values is not None and tokens is not None and len(values) != len(tokens):
             raise ConfigError(
                 where,
@@ -194,4 +258,21 @@ def _checked(record: Record, where: str) -> Record:
                 expected="one per completion token",
                 remedy="leave the prompt's and the padding's out",
             )
+        if name.endswith(".logprobs"):
+            _check_alternatives(record.get(name.removesuffix(".logprobs")), f"{where}, {name}")
     return record
+
+
+def _check_alternatives(topk: Mapping[str, Any] | None, where: str) -> None:
+    """Raise ConfigError for alternatives without names, or with more log-probabilities than names."""
+    if topk is None:
+        return
+    lists = {name: topk.get(name) for name in ("logprobs", "tokens", "ids")}
+    shapes = {name: [len(row) for row in rows] for name, rows in lists.items() if rows is not None}
+    if len(shapes) < 2 or any(shape != shapes["logprobs"] for shape in shapes.values()):
+        raise ConfigError(
+            where,
+            got=", ".join(f"{sum(shape)} {name}" for name, shape in shapes.items()),
+            expected='"logprobs", and "tokens" or "ids": a list per token, each as long as the other\'s',
+            remedy="docs/credit.md describes the plain form",
+        )

@@ -19,8 +19,8 @@ from rich.text import Text
 
 from understudy.checkpoints import write_jsonl
 from understudy.errors import RunError
+from understudy.live.lines import summary
 from understudy.metrics import read_metrics
-from understudy.progress import summary
 
 
 @dataclass(frozen=True)

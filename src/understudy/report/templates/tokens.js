@@ -57,6 +57,8 @@
       return this.shownText(this.columns.token[this.starts[r] + i]);
     }
     shownText(index) { return this.form.shown[index] ?? this.form.texts[index]; }
+    // As a name: blanks count, since " yes" and "yes" are two tokens.
+    name(shown) { return shown.replace(/\n$/, "").replaceAll(" ", "␣"); }
     // What token i adds to the text: nothing where the text leaves it out.
     plain(r, i) {
       if (this.form.left_out && this.form.left_out[r].includes(i)) return "";
@@ -103,7 +105,10 @@
   const signed = (value) => (value > 0 && Number.isFinite(value) ? "+" : "") + nats(value);
   const probability = (logprob, digits = 1) => {
     const p = 100 * Math.exp(logprob);
-    if (p !== 0 && p < 0.1) return p.toExponential(1) + " %";
+    if (p !== 0 && p < 0.1) {
+      const raised = (_, digits_) => "×10⁻" + [...digits_].map((one) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[one]).join("");
+      return p.toExponential(1).replace(/e-(\d+)$/, raised) + " %";
+    }
     return (digits || p < 10 ? p.toFixed(1) : p.toFixed(0)) + " %";
   };
   const element = (name, text, css) => {
@@ -148,7 +153,7 @@
     const { store, rollout } = placeOf(box);
     const index = Array.prototype.indexOf.call(box.children, token);
     const n = store.starts[rollout] + index;
-    const name = element("div", store.shown(rollout, index).replace(/\n$/, ""), "name");
+    const name = element("div", store.name(store.shown(rollout, index)), "name");
     name.dir = "auto";
     const id = store.form.ids[store.columns.token[n]];
     const place = `token ${index + 1} of ${store.form.lengths[rollout]}, position ${index}`;
@@ -160,7 +165,7 @@
       const found = store.alternatives(who, rollout, index);
       if (!found.length) continue;
       tip.append(element("div", words, "dim"));
-      const texts = found.map((one) => store.shownText(one.index).replace(/\n$/, ""));
+      const texts = found.map((one) => store.name(store.shownText(one.index)));
       tip.append(table(found.map((one, k) => row(texts[k], probability(one.logprob, 0)))));
     }
     const note = store.note(rollout, index);
