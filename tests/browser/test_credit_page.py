@@ -232,7 +232,7 @@ def test_hostile_texts_are_texts(tmp_path: Path, visit: Visit) -> None:
     page.locator("#search").fill("<img")
     page.wait_for_timeout(300)
     assert page.evaluate("document.images.length") == 0
-    assert page.evaluate("document.scripts.length") == 4
+    assert page.evaluate("document.scripts.length") == 5
 
 
 def test_scripts_of_the_world_and_single_bytes(tmp_path: Path, visit: Visit) -> None:
