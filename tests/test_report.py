@@ -433,7 +433,19 @@ def test_run_report_survives_broken_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"teacher_logprobs": 3}, {"task": []}, {"reward": "high"}, {"completion_tokens": [1]}, {"loss_mask": "x"}],
+    [
+        {"teacher_logprobs": 3},
+        {"advantages": [" "]},
+        {"trainer_logprobs": "x"},
+        {"student_entropy": 1.0},
+        {"student_topk": {"ids": [[-1]], "tokens": [["a"]], "logprobs": [[0.0]]}},
+        {"completion_ids": [2**32]},
+        {"task": []},
+        {"reward": "high"},
+        {"completion_tokens": [1]},
+        {"loss_mask": "x"},
+    ],
+    ids=lambda change: next(iter(change)),
 )
 def test_stored_rollouts_of_another_form_are_left_out(change: dict[str, Any], tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")

@@ -9,9 +9,9 @@ import tomllib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, InstanceOf
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf
 
 Row = Mapping[str, Any]
 
@@ -27,12 +27,16 @@ MIDDLES, NAMED = 5, 6
 _Text = InstanceOf[str]  # pydantic's own str has no room for half of a surrogate pair, which pages can show
 
 
+_Id = Annotated[int, Field(ge=0, lt=2**32)]
+_Numbers = list[float | None] | None
+
+
 class _Form(BaseModel):
     model_config = ConfigDict(strict=True)
 
 
 class _Topk(_Form):
-    ids: list[list[int]]
+    ids: list[list[_Id]]
     tokens: list[list[_Text]]
     logprobs: list[list[float]]
 
@@ -44,12 +48,17 @@ class _Rollout(_Form):
     prompt_index: int | None = None
     task: _Text | None = None
     reward: float | None = None
-    completion_ids: list[int] | None = None
+    completion_ids: list[_Id] | None = None
     completion_tokens: list[_Text] | None = None
-    sampler_logprobs: list[float | None] | None = None
-    teacher_logprobs: list[float | None] | None = None
+    sampler_logprobs: _Numbers = None
+    teacher_logprobs: _Numbers = None
+    trainer_logprobs: _Numbers = None
+    student_entropy: _Numbers = None
+    teacher_entropy: _Numbers = None
+    advantages: _Numbers = None
     loss_mask: list[bool] | None = None
     teacher_topk: _Topk | None = None
+    student_topk: _Topk | None = None
 
 
 class _Place(_Form):
