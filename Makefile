@@ -40,8 +40,8 @@ format: $(STAMP)  ## rewrite files as ruff wants them
 test: $(STAMP)  ## CPU tests; tests/test_package.py builds and runs the wheel
 	$(BIN)/pytest
 
-test-slow: $(STAMP)  ## tests that take more than a minute
-	$(BIN)/pytest -m slow
+test-slow: $(STAMP)  ## tests that take more than a minute, but for the long form of test-fuzz
+	$(BIN)/pytest -m slow --ignore tests/fuzz
 
 test-survival: $(STAMP)  ## kill, starve and stop real runs; a part of test-slow
 	$(BIN)/pytest -m slow tests/survival
