@@ -50,7 +50,7 @@ test-gpu: $(STAMP)  ## tests that need a CUDA device
 	$(BIN)/pytest -m gpu
 
 # Parquet files are read by a package of the `data` extra, which the development packages leave out.
-test-fuzz: $(STAMP)  ## tens of thousands of broken files; counts go to benchmarks/results/fuzz.json (half an hour; SEED=7)
+test-fuzz: $(STAMP)  ## tens of thousands of broken files; counts go to benchmarks/results/fuzz.json (half an hour of a core; SEED=7)
 	$(BIN)/pip install --quiet 'datasets>=4.0'
 	UNDERSTUDY_FUZZ_SEED=$(or $(SEED),0) UNDERSTUDY_FUZZ_RESULTS=benchmarks/results/fuzz.json $(BIN)/pytest -m slow tests/fuzz
 	$(BIN)/python tests/fuzz/fuzzing.py
