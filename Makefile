@@ -37,8 +37,12 @@ format: $(STAMP)  ## rewrite files as ruff wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Every test computes with one thread: two cores take two processes. Who runs out of tests takes half of what another has
+# left, so that neighbours, which share their fixtures, mostly stay together.
+PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
+
 test: $(STAMP)  ## CPU tests; tests/test_package.py builds and runs the wheel
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-slow: $(STAMP)  ## tests that take more than a minute, but for the long form of test-fuzz
 	$(BIN)/pytest -m slow --ignore tests/fuzz
@@ -92,7 +96,7 @@ wheel-test: $(STAMP)  ## build the wheel, install it into .venv, run the tests a
 	rm -rf build/wheel
 	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel .
 	$(BIN)/pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
-	$(BIN)/python -c 'import understudy; assert "site-packages" in understudy.__file__, understudy.__file__' && $(BIN)/pytest; \
+	$(BIN)/python -c 'import understudy; assert "site-packages" in understudy.__file__, understudy.__file__' && $(PYTEST); \
 		status=$$?; $(BIN)/pip install --quiet --force-reinstall --no-deps --no-build-isolation -e . && exit $$status
 
 demo: $(STAMP)  ## the algorithm on a toy world, from nothing, on a CPU

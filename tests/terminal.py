@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import os
 import pty
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _PART = re.compile(r"\x1b\[(\??[\d;]*)([A-Za-z])|\x1b.|[\r\n]|[^\x1b\r\n]")
+_CUT = re.compile(r"\x1b(\[\??[\d;]*)?\Z")
 
 
 class Screen:
@@ -79,7 +81,8 @@ class Terminal:
         self._master, slave = pty.openpty()
         self.screen = Screen(columns, rows)
         self.resize(columns, rows)
-        self.raw = ""
+        self.raw, self._cut = "", ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._before = termios.tcgetattr(slave)
         environment = {name: value for name, value in os.environ.items() if name not in _DECIDE}
         self.process = subprocess.Popen(
@@ -125,13 +128,12 @@ class Terminal:
     def _read(self, seconds: float) -> bool:
         if not select.select([self._master], [], [], seconds)[0]:
             return False
-        data = os.read(self._master, 65536)
-        # A character may be cut in two by the end of a read.
-        while data and data[-1] & 0x80 and _is_cut(data):
-            data += os.read(self._master, 1)
-        text = data.decode("utf-8")
-        self.raw += text
-        self.screen.feed(text)
+        text = self._cut + self._decoder.decode(os.read(self._master, 65536))
+        # A read may end in the middle of a character, or of a command.
+        whole = _CUT.sub("", text)
+        self._cut = text[len(whole) :]
+        self.raw += whole
+        self.screen.feed(whole)
         return True
 
     @property
@@ -149,11 +151,3 @@ class Terminal:
 
 # What would decide for the program that it is, or is not, on a terminal of some size.
 _DECIDE = ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_INTERACTIVE", "TTY_COMPATIBLE", "CI")
-
-
-def _is_cut(data: bytes) -> bool:
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return error.end == len(data) and error.reason == "unexpected end of data"
-    return False

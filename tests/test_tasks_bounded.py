@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import pickle
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -74,6 +77,17 @@ def test_errors_arrive_with_their_traceback() -> None:
     with pytest.raises(bounded.FailedError, match="KeyError: 'lost'"):
         bounded.call("slow_module:fail")
     assert bounded.call("slow_module:where") == before
+
+
+def test_a_module_that_never_is_imported_ends_the_process_though_nobody_waits(tmp_path: Path) -> None:
+    (tmp_path / "endless_module.py").write_text("import time\ntime.sleep(600)\n")
+    command = [sys.executable, "-c", "from understudy.tasks.bounded import serve; serve(None, 0.2)"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment) as process:
+        assert process.stdin is not None
+        process.stdin.write(pickle.dumps(("endless_module:f", (), 1.0)))
+        process.stdin.flush()
+        assert process.wait(timeout=60) == -signal.SIGALRM
 
 
 def test_a_module_that_cannot_be_imported_is_no_slow_answer() -> None:

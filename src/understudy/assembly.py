@@ -336,7 +336,13 @@ def _check_given(config: RunConfig, checked: Checked, given: Given) -> None:
             expected="the trainer whose weights it writes with; the configured one's updates would not reach it",
             remedy="pass trainer=... too",
         )
-    for name, teacher in (given.teachers or {}).items():
+    if given.teachers is not None:
+        _check_teachers(config, checked, given.teachers)
+
+
+def _check_teachers(config: RunConfig, checked: Checked, teachers: Mapping[str, Teacher]) -> None:
+    """Refuse teachers that score at another temperature, or that cannot give what is asked of them."""
+    for name, teacher in teachers.items():
         temperature = getattr(teacher, "temperature", 1.0)
         if temperature != config.sampling.temperature:
             raise ConfigError(
@@ -354,13 +360,12 @@ def _check_given(config: RunConfig, checked: Checked, given: Given) -> None:
                 expected="an LMHead, which turns its hidden states into logits",
                 remedy='add it, or leave "hidden" out of kinds',
             )
-    if given.teachers is not None:
-        resolve_estimator(config, given.teachers)  # raises where they cannot give what the objective needs
+    resolve_estimator(config, teachers)  # raises where they cannot give what the objective needs
     names = {prompt.teacher for prompt in checked.prompts}
-    if given.teachers is not None and not names <= given.teachers.keys():
+    if not names <= teachers.keys():
         raise ConfigError(
             "teachers",
-            got=", ".join(sorted(given.teachers)) or "none",
+            got=", ".join(sorted(teachers)) or "none",
             expected=f"one for each that the rows name: {', '.join(sorted(names))}",
             remedy='pass teachers={name: teacher}; rows that name none go to "default"',
         )

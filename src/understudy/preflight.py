@@ -38,6 +38,7 @@ class Checked:
 
     student: ModelText
     teachers: Mapping[str, ModelText]
+    reference: ModelText | None
     stop_ids: frozenset[int]
     ends: Callable[[Sequence[int]], bool] | None
     special_ids: frozenset[int]
@@ -89,6 +90,7 @@ def check_run(
     return Checked(
         student=student,
         teachers=teachers,
+        reference=reference,
         stop_ids=stop_ids,
         ends=student.stop_test(config.sampling.stop),
         special_ids=frozenset(student.tokenizer.all_special_ids) - stop_ids,

@@ -19,7 +19,6 @@ from cases import (
     copied,
     exchanged_ids,
     ledger_config,
-    ledger_world,
     levels,
     local_teacher,
     look,
@@ -32,6 +31,7 @@ from test_recipes import SINGLE, stand_in
 from understudy import ConfigError, RunConfig, api
 from understudy.config_pipeline import PipelineConfig
 from understudy.doctor.catalogue import CHECKS, look_before
+from understudy.doctor.findings import Report
 from understudy.preflight import check_run
 from understudy.supervised import supervised_examples
 from understudy.worlds import assistant_demo, demos, ledger_demo
@@ -42,19 +42,13 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "doctor.md"
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ledger_world(tmp_path_factory.mktemp("ledger"))
-
-
 # The faults that a configuration can have
 
 
-def test_a_healthy_run_passes_everything(world: Path):
-    report = look(ledger_config(world))
-    assert complaints(report) == []
-    assert report.not_run == {}
-    named = {finding.check for finding in report.findings}
+def test_a_healthy_run_passes_everything(healthy: Report):
+    assert complaints(healthy) == []
+    assert healthy.not_run == {}
+    named = {finding.check for finding in healthy.findings}
     silent = {"teachers.own"}  # student and teacher are two models
     assert named == {check.name for check in CHECKS if "distill" in check.methods} - silent
 

@@ -8,23 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import Marker, exchanged_ends, ledger_config, ledger_world, levels, local_teacher, look, only, tiny_config
+from cases import Marker, exchanged_ends, ledger_config, levels, local_teacher, look, only, tiny_config
 
 from understudy.config import RewardConfig
+from understudy.doctor.findings import Report
 from user import save_model, word_tokenizer, write_rows
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ledger_world(tmp_path_factory.mktemp("ledger"))
-
-
-@pytest.fixture(scope="module")
-def healthy(world: Path) -> Any:
-    return look(ledger_config(world))
-
-
-def test_the_healthy_pair(healthy: Any):
+def test_the_healthy_pair(healthy: Report):
     for name in ("overlap", "entropy", "support", "accuracy", "positions", "truncation", "optim"):
         assert levels(healthy, f"fit.{name}") == ["pass"], name
     accuracy = only(healthy, "fit.accuracy").numbers["ledger"]
@@ -66,6 +57,17 @@ def test_a_teacher_that_ends_with_another_token(world: Path):
     assert finding.numbers["last"] > 10
     assert "'<eos>': student" in finding.evidence
     assert "stop_token_ids" in finding.remedy
+
+
+def test_a_teacher_of_few_alternatives_is_held_against_as_few_of_the_student(world: Path):
+    """As servers are; this one has the student's weights."""
+    teacher: Any = local_teacher(world / "models" / "start")
+    teacher.max_topk = 3
+    report = look(ledger_config(world), teachers={"default": teacher})
+    numbers = only(report, "fit.overlap").numbers
+    assert (numbers["k"], numbers["overlap"]) == (3, 1.0)
+    assert numbers["student_mass"] == pytest.approx(numbers["teacher_mass"], abs=1e-6)
+    assert only(report, "fit.entropy").numbers["gap"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_cap_below_the_answers(world: Path):

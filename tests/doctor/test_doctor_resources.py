@@ -8,18 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import ledger_config, ledger_world, levels, look, only, tiny_config
+from cases import ledger_config, levels, look, only, tiny_config
 from safetensors.torch import load_file
 
 from understudy.backends import memory
+from understudy.doctor.findings import Report
 from user import save_model, word_tokenizer
 
 Usage = namedtuple("Usage", "total used free")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ledger_world(tmp_path_factory.mktemp("ledger"))
 
 
 def weights_of(folder: Path) -> int:
@@ -60,6 +56,15 @@ def test_too_little_disk(free: float, level: str, world: Path, monkeypatch: pyte
         assert "checkpoints.keep = 1" in finding.remedy
 
 
+def test_checkpoints_that_are_there_take_no_room_twice(world: Path, tmp_path: Path):
+    folder = tmp_path / "run" / "checkpoints" / "step_000050"
+    folder.mkdir(parents=True)
+    (folder / "weights.safetensors").write_bytes(bytes(100_000))
+    config = ledger_config(world, output_dir=str(tmp_path / "run"))
+    numbers = only(look(config, fast=True), "resources.disk").numbers
+    assert numbers["needed"] == 2 * numbers["checkpoint"] - 100_000 + 50e6
+
+
 @pytest.mark.parametrize(("available", "level"), [(1e6, "fail"), (60e6, "warn"), (1e9, "pass")])
 def test_too_little_memory(available: float, level: str, world: Path, monkeypatch: pytest.MonkeyPatch):
     from understudy.doctor.case import Case
@@ -75,11 +80,13 @@ def test_too_little_memory(available: float, level: str, world: Path, monkeypatc
     # Weights, gradients and two moments of the student, and the teacher: all float32.
     sizes = [weights_of(world / "models" / role) for role in ("start", "teacher")]
     assert found.numbers["resident"] == pytest.approx(16 * sizes[0] + 4 * sizes[1], rel=0.01)
+    with_reference = ledger_config(world, reference={"model": str(world / "models" / "start")})
+    [further] = check(Case(with_reference, "distill", Given()))
+    assert further.numbers["resident"] == pytest.approx(20 * sizes[0] + 4 * sizes[1], rel=0.01)
 
 
-def test_what_a_step_takes(world: Path):
-    report = look(ledger_config(world))
-    finding = only(report, "resources.steps")
+def test_what_a_step_takes(world: Path, healthy: Report):
+    finding = only(healthy, "resources.steps")
     assert finding.level == "pass"
     numbers = finding.numbers
     assert (numbers["probed"], numbers["of"]) == (8, 16)

@@ -8,26 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import Marker, Marks, ledger_config, ledger_world, levels, local_teacher, look, on_cpu, only
+from cases import Marker, Marks, ledger_config, levels, local_teacher, look, on_cpu, only
 from hot_server import Hot
 
 from understudy.backends.local import LocalTeacher
+from understudy.doctor.findings import Report
 from understudy.doctor.teachers import MAX_FAULT, MAX_NOISE
 from understudy.doctor.trial import entropy_of
 from understudy.types import ScoreKind, Scores, TokenSequence, TopkScores
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ledger_world(tmp_path_factory.mktemp("ledger"))
-
-
-@pytest.fixture(scope="module")
-def healthy(world: Path) -> Any:
-    return look(ledger_config(world))
-
-
-def test_a_healthy_teacher_passes(healthy: Any):
+def test_a_healthy_teacher_passes(healthy: Report):
     repeatable = only(healthy, "teachers.repeatable")
     assert repeatable.level == "pass"
     assert repeatable.numbers["twice_max"] == 0.0

@@ -9,6 +9,7 @@ import pytest
 from cases import ARROW, FOREIGN, NATIVE, ledger_config, ledger_world, levels, look, only, tiny_config, with_template
 
 from understudy import RunConfig
+from understudy.doctor.findings import Report
 from understudy.doctor.templates import MAX_NLL_DIFFERENCE
 from user import CHATML, bpe_tokenizer, save_model, write_rows
 
@@ -38,11 +39,6 @@ def test_thinking_modes(student: str, teacher: str, level: str, mode: str, tmp_p
         assert "enable_thinking = false" in finding.remedy
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ledger_world(tmp_path_factory.mktemp("ledger"))
-
-
 def with_teacher_prompts(world: Path, folder: Path, change: object) -> RunConfig:
     rows = [json.loads(line) for line in (world / "prompts.jsonl").read_text().splitlines()]
     assert callable(change)
@@ -50,8 +46,8 @@ def with_teacher_prompts(world: Path, folder: Path, change: object) -> RunConfig
     return ledger_config(world, prompts={"path": str(path)}, output_dir=str(folder / "run"))
 
 
-def test_a_teacher_that_reads_what_the_student_reads_has_nothing_to_compare(world: Path):
-    finding = only(look(ledger_config(world)), "templates.own_answers")
+def test_a_teacher_that_reads_what_the_student_reads_has_nothing_to_compare(healthy: Report):
+    finding = only(healthy, "templates.own_answers")
     assert finding.level == "pass"
     assert "nothing to compare" in finding.evidence
 

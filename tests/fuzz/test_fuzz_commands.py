@@ -18,22 +18,12 @@ from test_fuzz_checkpoints import USED, damage, damaged
 from test_fuzz_configs import changed_trees, valid_trees
 
 from understudy.time_limit import TimeIsUp, time_limit
-from user import bpe_tokenizer, run_cli, save_model, write_rows
+from user import run_cli
 
 RESULTS = {0: "accepted", 1: "stopped", 2: "refused"}
 COMMANDS = st.sampled_from(["distill", "rl", "sft", "generate", "eval", "doctor"])
 OPTIONS = {"doctor": ("--fast", "--json")}  # the others run in miniature
 Captured = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("material")
-    save_model(folder / "student", bpe_tokenizer(chat=True))
-    save_model(folder / "teacher", bpe_tokenizer(chat=True), seed=1)
-    rows = [{"prompt": f"How many are {i}?", "answer": str(i), "completion": f"{i}."} for i in range(4)]
-    write_rows(folder / "rows.jsonl", rows)
-    return folder
 
 
 def leaves(data: bytes, *folders: Path) -> bool:

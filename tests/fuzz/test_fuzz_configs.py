@@ -19,20 +19,10 @@ from understudy.config import field_rows
 from understudy.config_pipeline import PipelineConfig
 from understudy.config_plan import load_plan
 from understudy.preflight import Method, check_run
-from user import bpe_tokenizer, save_model, tree, write_rows
+from user import tree
 
 KEYS = sorted({name for key, *_ in field_rows() for name in key.replace("[]", "").split(".")})
 METHODS: tuple[Method, ...] = ("distill", "rl", "sft", "generate", "eval")
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("material")
-    save_model(folder / "student", bpe_tokenizer(chat=True))
-    save_model(folder / "teacher", bpe_tokenizer(chat=True), seed=1)
-    rows = [{"prompt": f"How many are {i}?", "answer": str(i), "completion": f"{i}."} for i in range(4)]
-    write_rows(folder / "rows.jsonl", rows)
-    return folder
 
 
 def valid_trees(material: Path) -> list[dict[str, Any]]:
@@ -89,6 +79,12 @@ VALUES = st.one_of(
     st.dictionaries(st.text(max_size=5), st.integers(0, 9), max_size=3),
     st.integers(5, 200).map(lambda depth: nested(depth)),
 )
+# What a setting of a type could well have been.
+NEAR: dict[type, st.SearchStrategy[Any]] = {
+    bool: st.booleans(),
+    int: st.integers(0, 16),
+    float: st.one_of(st.floats(0, 1), st.sampled_from([1e-6, 1e-4, 2, 10.0])),
+}
 
 
 def nested(depth: int) -> Any:
@@ -100,7 +96,7 @@ def nested(depth: int) -> Any:
 
 @st.composite
 def changed_trees(draw: st.DrawFn, trees: list[dict[str, Any]]) -> dict[str, Any]:
-    """A valid tree with a few things replaced, dropped, added or called otherwise."""
+    """A valid tree with a few things moved, replaced, dropped, added or called otherwise."""
     content = copy.deepcopy(draw(st.sampled_from(trees)))
     for _ in range(draw(st.integers(1, 3))):
         paths = paths_of(content)
@@ -110,8 +106,10 @@ def changed_trees(draw: st.DrawFn, trees: list[dict[str, Any]]) -> dict[str, Any
         node: Any = content
         for key in parents:
             node = node[key]
-        kind = draw(st.sampled_from(["replace", "replace", "replace", "drop", "add", "rename", "borrow"]))
-        if kind == "replace":
+        kind = draw(st.sampled_from([*["move", "replace"] * 3, "drop", "add", "rename", "borrow"]))
+        if kind == "move":
+            node[last] = draw(NEAR.get(type(node[last]), st.just(node[last])))
+        elif kind == "replace":
             node[last] = draw(VALUES)
         elif kind == "drop":
             del node[last]

@@ -21,19 +21,8 @@ from understudy import RunConfig, tokenization
 from understudy.doctor.catalogue import diagnose
 from understudy.doctor.page import page
 from understudy.preflight import Method
-from user import bpe_tokenizer, save_model, write_rows
 
 METHODS: st.SearchStrategy[Method] = st.sampled_from(["distill", "rl", "sft"])
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("material")
-    save_model(folder / "student", bpe_tokenizer(chat=True))
-    save_model(folder / "teacher", bpe_tokenizer(chat=True), seed=1)
-    rows = [{"prompt": f"How many are {i}?", "answer": str(i), "completion": f"{i}."} for i in range(4)]
-    write_rows(folder / "rows.jsonl", rows)
-    return folder
 
 
 def examined(surface: str, path: Path, method: Method) -> None:

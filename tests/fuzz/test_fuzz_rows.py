@@ -50,8 +50,26 @@ OF_A_COLUMN = {
     "instruction_id_list": st.one_of(st.lists(INSTRUCTIONS, max_size=2), VALUE),
     "kwargs": st.one_of(st.lists(st.dictionaries(st.sampled_from(["num_words", "relation"]), LEAF, max_size=2)), VALUE),
 }
+# Rows that training or some grader takes as they are: what is broken has to begin with something that works.
+WORKING: tuple[dict[str, Any], ...] = (
+    {"prompt": "How many are 3?", "answer": "3", "completion": "3."},
+    {"prompt": "Which of A to F?", "answer": "B", "completion": "B"},
+    {"messages": [{"role": "user", "content": "Who was it?"}], "answer": ["Ann", "Bob"], "completion": "Ann."},
+    {"prompt": "Write.", "completion": "So.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+)
+
+
+@st.composite
+def touched(draw: st.DrawFn) -> dict[str, Any]:
+    """A row that works, with at most one column of something else."""
+    row = dict(draw(st.sampled_from(WORKING)))
+    if draw(st.booleans()):
+        name = draw(st.sampled_from([*row, *NAMES, *FURTHER]))
+        row[name] = draw(OF_A_COLUMN.get(name, VALUE))
+    return row
+
+
 ROW = st.one_of(
-    st.fixed_dictionaries({"prompt": st.just("How many are 3?"), "answer": st.just("3")}),
     st.fixed_dictionaries({"messages": MESSAGES}, optional={"answer": TEXT, "completion": TEXT}),
     st.fixed_dictionaries({}, optional={name: OF_A_COLUMN.get(name, VALUE) for name in (*NAMES, *FURTHER)}),
     VALUE,
@@ -109,8 +127,13 @@ def lines_of(rows: list[Any], *, ascii_only: bool) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-ROWS = st.lists(ROW, min_size=1, max_size=3)
-CASE = st.tuples(OPTIONS, st.sampled_from(GRADER_NAMES), st.booleans(), st.sampled_from(["rows.jsonl", "rows.json"]))
+ROWS = st.one_of(st.lists(touched(), min_size=1, max_size=3), st.lists(ROW, min_size=1, max_size=3))
+CASE = st.tuples(
+    st.one_of(st.just({}), OPTIONS),
+    st.sampled_from(GRADER_NAMES),
+    st.booleans(),
+    st.sampled_from(["rows.jsonl", "rows.json"]),
+)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -164,8 +187,8 @@ def test_functions(
     monkeypatch.setitem(sys.modules, "fuzzed_rows", module)
     keys = st.one_of(st.sampled_from(NAMES), st.integers(), st.none(), TEXT)
     odd = st.one_of(VALUE, st.binary(max_size=4), st.just(object()), st.just({1, 2}), st.complex_numbers())
-    rows = st.lists(st.one_of(ROW, st.dictionaries(keys, odd, max_size=4), odd), max_size=3)
-    failures = st.sampled_from([None, None, KeyError("x"), ValueError(""), RecursionError(), OSError(5, "gone")])
+    rows = st.one_of(ROWS, st.lists(st.one_of(ROW, st.dictionaries(keys, odd, max_size=4), odd), max_size=3))
+    failures = st.sampled_from([None, None, None, KeyError("x"), ValueError(""), RecursionError(), OSError(5, "gone")])
 
     def body(case: Any) -> None:
         made, failure, (options, grader, supervised, _) = case
@@ -204,17 +227,19 @@ def test_parquet(
         pa.array([{"a": {"b": [1]}}, None, {"a": None}]),
         pa.array([True, False, None]),
     ]
-    table = st.dictionaries(st.sampled_from([*NAMES, *FURTHER]), st.sampled_from(range(len(columns))), max_size=4)
+    index = st.sampled_from(range(len(columns)))
+    table = st.dictionaries(st.sampled_from([*NAMES, *FURTHER]), index, max_size=4)
+    one_more = st.dictionaries(st.sampled_from(["answer", "completion", "task", "score", "é"]), index, max_size=1)
     good = tmp_path / "good.parquet"
     pq.write_table(pa.table({"prompt": columns[0].slice(0, 2), "score": columns[1].slice(0, 2)}), good)
     number = iter(range(10**9))
 
     def body(case: Any) -> None:
-        made, data, (options, grader, supervised, _) = case
+        (begin, made), data, (options, grader, supervised, _) = case
         # Names of their own: the library keeps what it read by name and time.
         path = tmp_path / f"rows{next(number)}.parquet"
         if data is None:
-            pq.write_table(pa.table({name: columns[index] for name, index in made.items()}), path)
+            pq.write_table(pa.table(begin | {name: columns[index] for name, index in made.items()}), path)
             note("rows: Parquet", "whole files")
         else:
             path.write_bytes(data)
@@ -222,4 +247,7 @@ def test_parquet(
         outcome("rows: Parquet", lambda: use(str(path), options, models, grader, supervised=supervised))
 
     data = st.one_of(st.none(), st.none(), broken_bytes(st.just(good.read_bytes())))
-    fuzz(st.tuples(table, data, CASE), body, cases, long=long)
+    texts, answers = pa.array(["How many are 3?", "Who?", "Why?"]), pa.array(["3", "4", "5"])
+    begin = {"prompt": texts, "answer": answers, "completion": answers}
+    contents = st.one_of(st.tuples(st.just({}), table), st.tuples(st.just(begin), one_more))
+    fuzz(st.tuples(contents, data, CASE), body, cases, long=long)

@@ -93,7 +93,7 @@ def test_requests_in_flight_are_answered_before_it_stops(checkpoint: Path) -> No
         assert (entry["id"], entry["max_logprobs"], entry["vocab_size"]) == ("t", 5, 300)
         assert client.post("/tokenize", json={"prompt": "April"}).status_code == 200
         waiting = [pool.submit(write, client, 120) for _ in range(4)]  # one is written at a time
-        wait_for(lambda: metric(client, "understudy_queued_sequences") >= 2)
+        wait_for(lambda: metric(client, "understudy_queued_sequences") >= 3)
         server.process.send_signal(signal.SIGTERM)
         replies = [future.result() for future in waiting]
         assert [reply.status_code for reply in replies] == [200] * 4

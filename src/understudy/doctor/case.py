@@ -84,6 +84,8 @@ class Case:
         role = self.config.reference
         if role is None or not self.on_policy:
             return None
+        if self.checked:
+            return self.checked.reference
         return self.once("reference", lambda: model_text(role, "reference"))
 
     @property

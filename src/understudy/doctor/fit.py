@@ -15,7 +15,7 @@ from understudy.doctor.trial import Trial, entropy_of, writer_of
 from understudy.errors import ServerError
 from understudy.rewards import grade_rollouts
 from understudy.tasks import Grader
-from understudy.types import Prompt, Rollout
+from understudy.types import Prompt, Rollout, TopkScores
 
 if TYPE_CHECKING:
     from understudy.doctor.case import Case
@@ -42,26 +42,32 @@ def overlap(case: Case) -> Iterator[Found]:
     trial = case.trial
     if trial.student_top is None or trial.teacher_top is None:
         return
+    k = min(TOP, _listed(trial.student_top), _listed(trial.teacher_top))
     shared, student_mass, teacher_mass = [], [], []
     for ours, theirs in zip(trial.student_top, trial.teacher_top, strict=True):
         rows = zip(ours.ids, ours.logprobs, theirs.ids, theirs.logprobs, strict=True)
         for own_ids, own_logprobs, ids, logprobs in rows:
-            own_set, other_set = set(own_ids[:TOP]), set(ids[:TOP])
-            shared.append(len(own_set & other_set) / max(1, min(len(own_set), len(other_set))))
+            own_set, other_set = set(own_ids[:k]), set(ids[:k])
+            shared.append(len(own_set & other_set) / max(1, k))
             student_mass.append(_mass(own_ids, own_logprobs, other_set))
             teacher_mass.append(_mass(ids, logprobs, own_set))
     numbers = {
-        "k": TOP,
+        "k": k,
         "overlap": mean(shared),
         "student_mass": mean(student_mass),
         "teacher_mass": mean(teacher_mass),
     }
     evidence = (
-        f"{len(shared)} positions: of the {TOP} likeliest tokens student and teacher share {mean(shared):.0%}; the "
+        f"{len(shared)} positions: of the {k} likeliest tokens student and teacher share {mean(shared):.0%}; the "
         f"student gives the teacher's {mean(student_mass):.3f} of its probability, the teacher the student's "
         f"{mean(teacher_mass):.3f}"
     )
     yield Found("warn" if mean(student_mass) < MIN_STUDENT_MASS else "pass", evidence, numbers)
+
+
+def _listed(scores: Sequence[TopkScores]) -> int:
+    """How many alternatives there are of every token: servers give fewer than models here."""
+    return min(len(ids) for score in scores for ids in score.ids)
 
 
 def _mass(ids: Sequence[int], logprobs: Sequence[float], among: set[int]) -> float:
@@ -73,8 +79,9 @@ def entropy(case: Case) -> Iterator[Found]:
     trial = case.trial
     if trial.student_top is None or trial.teacher_top is None:
         return
+    k = min(_listed(trial.student_top), _listed(trial.teacher_top))
     ours, theirs = (
-        mean([entropy_of(row) for score in top for row in score.logprobs])
+        mean([entropy_of(row[:k]) for score in top for row in score.logprobs])
         for top in (trial.student_top, trial.teacher_top)
     )
     numbers = {"student": ours, "teacher": theirs, "gap": ours - theirs}

@@ -25,7 +25,8 @@ _PROBE_PROMPTS, _PROBE_EXAMPLES = 8, 16
 
 
 def disk(case: Case) -> Iterator[Found]:
-    """Room for the checkpoints that are kept, and one more that is being written."""
+    """Room for the checkpoints that are kept, and one more that is being written. Those of a run that goes on are there
+    already, and will make room."""
     weights = _checkpoint_bytes(case)
     if weights is None:
         return
@@ -33,7 +34,8 @@ def disk(case: Case) -> Iterator[Found]:
     count = min(checkpoints.keep + 1, -(-steps // checkpoints.every))
     folder = _existing(Path(case.config.output_dir).absolute())
     free = shutil.disk_usage(folder).free
-    needed = count * weights + _REST
+    stored = sum(path.stat().st_size for path in Path(case.config.output_dir).glob("checkpoints/step_*/*"))
+    needed = max(weights, count * weights - stored) + _REST
     numbers = {"free": free, "needed": needed, "checkpoint": weights, "checkpoints": count}
     evidence = (
         f"{_size(free)} free in {folder}; {count} checkpoints of {_size(weights)} at a time, with optimizer state, and "
@@ -127,6 +129,8 @@ def _plan(case: Case) -> PlanConfig:
 
 def _phases(case: Case, planned: Mapping[str, Any], device: str) -> tuple[dict[str, float], float]:
     """(bytes of each phase, bytes that stay). The planner's bfloat16 is float32 on a CPU."""
+    from understudy.flops import shape_of_config
+
     config = case.config
     single = 2.0 if device != "cuda" else 1.0
     training = planned["student_training"]
@@ -136,10 +140,13 @@ def _phases(case: Case, planned: Mapping[str, Any], device: str) -> tuple[dict[s
     if sampling is not None and config.sampler is None:
         phases["sampling"] = single * (sampling.cache or 0.0)
     scoring = planned.get("teacher_scoring")
-    here = [role for role in config.all_teachers.values() if role.url is None] if case.method == "distill" else []
+    here = [case.teacher(name) for name in case.teacher_names if config.all_teachers[name].url is None]
     if scoring is not None and here:
-        resident += single * scoring.weights * len(here)
         phases["scoring"] = single * (scoring.activations or 0.0)
+    if case.reference is not None and config.reference is not None and config.reference.url is None:
+        here.append(case.reference)
+    shapes = [shape_of_config(text.config) for text in here]
+    resident += sum(single * 2.0 * shape.parameters for shape in shapes if shape is not None)
     return phases, resident
 
 

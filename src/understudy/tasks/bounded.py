@@ -125,7 +125,7 @@ class Helper:
             environment = os.environ | {"PYTHONPATH": self._paths}
             if self._limit_bytes is not None:
                 environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-            code = f"from {__name__} import serve; serve({self._limit_bytes})"
+            code = f"from {__name__} import serve; serve({self._limit_bytes}, {IMPORT_SECONDS})"
             # A group of its own: what a grader starts is ended with it, and Ctrl-C is the run's to handle.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", code],
@@ -181,7 +181,7 @@ def _search_path() -> str:
     return os.pathsep.join(os.path.abspath(path) for path in sys.path)
 
 
-def serve(limit_bytes: int | None) -> None:
+def serve(limit_bytes: int | None, import_seconds: float) -> None:
     """The other side: calls come in pickled, values go out as lines of JSON, until there are no more calls."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the run's to handle
     if limit_bytes is not None:
@@ -197,11 +197,12 @@ def serve(limit_bytes: int | None) -> None:
             name, arguments, seconds = pickle.load(requests)
         except EOFError:
             return
-        function = imported(name)
-        print("ready", file=replies, flush=True)
         # Left to its default, this signal ends the process without asking Python, whatever C code it is in, and even
         # when nobody waits for the reply any more.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, import_seconds)
+        function = imported(name)
+        print("ready", file=replies, flush=True)
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
             reply = {"value": function(*arguments)}
