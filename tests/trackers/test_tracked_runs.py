@@ -60,10 +60,13 @@ def tensorboard_losses(folder: Path) -> list[tuple[int, float]]:
 
 
 def trackio_losses(project: str) -> list[tuple[int, float]]:
-    from trackio.sqlite_storage import SQLiteStorage
-
-    [name] = SQLiteStorage.get_runs(project)
-    rows = SQLiteStorage.get_logs(project, name)
+    """Read by a process of its own: trackio keeps to the TRACKIO_DIR of its import, which may be another test's."""
+    code = (
+        "import json, sys; from trackio.sqlite_storage import SQLiteStorage as S; "
+        "[name] = S.get_runs(sys.argv[1]); print(json.dumps(S.get_logs(sys.argv[1], name)))"
+    )
+    read = subprocess.run([sys.executable, "-c", code, project], capture_output=True, text=True, check=True)
+    rows = json.loads(read.stdout)
     return [(row["step"], row["optim/loss"]) for row in rows if "optim/loss" in row]
 
 
