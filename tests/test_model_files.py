@@ -294,3 +294,11 @@ def test_values_of_another_kind(change: dict[str, Any], got: str | None, folder:
         load_text(str(folder), "student")
     assert refused.value.where.startswith(f"student model {folder}")
     assert got is None or refused.value.got == got
+
+
+def test_a_tokenizer_that_fails_on_its_first_text(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "none"}))
+    with pytest.raises(ConfigError, match="not supported between instances of 'int' and 'str'") as refused:
+        load_text(str(folder), "student")
+    assert refused.value.where.startswith(f"student model {folder}")

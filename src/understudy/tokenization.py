@@ -115,10 +115,10 @@ def load_text(model: str, role: str, *, trust_remote_code: bool = False) -> Mode
 
 
 def _read_text(model: str, trust_remote_code: bool) -> ModelText:
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     whole = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    tokenizer = _read_tokenizer(model, trust_remote_code)
     config = whole.get_text_config()
     try:
         end = GenerationConfig.from_pretrained(model).eos_token_id
@@ -138,16 +138,22 @@ def _read_text(model: str, trust_remote_code: bool) -> ModelText:
     return ModelText(model, tokenizer, tokenizer.get_vocab(), config.vocab_size, frozenset(ends), context, whole)
 
 
+def _read_tokenizer(model: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    tokenizer.decode(tokenizer("a text")["input_ids"])  # some settings are looked at only when it is used
+    return tokenizer
+
+
 def _has_tokenizer(folder: Path) -> bool:
     return any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
 
 
 def _with_own_tokenizer(text: ModelText, folder: Path, role: str, *, trust_remote_code: bool) -> ModelText:
     """Adapters are often trained with another chat template than their base has, and keep it beside them."""
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        tokenizer = _read_tokenizer(str(folder), trust_remote_code)
     except Exception as error:  # as in load_text
         raise unreadable(
             error,
