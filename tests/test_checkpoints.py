@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from understudy.checkpoints import (
     checkpoint_path,
@@ -50,6 +51,14 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert {path.name for path in newest.iterdir()} == {"weights", "words", "trainer_state.pt", "SHA256SUMS"}
     assert load_state(newest) == {"step": 1_000_005, "trainer": {"name": "weights"}, "costs": 1_000_005}
     assert {path.name for path in tmp_path.iterdir()} == {"step_1000000", "step_1000005"}
+
+
+@pytest.mark.parametrize("state", [[1, 2], {"step": 1}, {"step": 1, "trainer": {}, "method": torch.zeros(2)}])
+def test_a_state_that_is_no_runs(state: Any, tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "trainer_state.pt")
+    write_sums(tmp_path)
+    with pytest.raises(ConfigError, match="trainer_state.pt without a run's state"):
+        load_state(tmp_path)
 
 
 def test_old_ones_that_cannot_be_removed_are_an_error_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,8 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     if got is None:
         try:
             state = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
-            if isinstance(state, dict) and {"step", "trainer"} <= state.keys():
+            whole = isinstance(state, dict) and {"step", "trainer"} <= state.keys()
+            if whole and isinstance(state.get("method"), str | None):
                 return state
             got = f"{STATE_FILE} without a run's state"
         except Exception as error:  # without sums to hold it against, damaged content may raise anything
