@@ -57,7 +57,7 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
 def test_a_state_that_is_no_runs(state: Any, tmp_path: Path) -> None:
     torch.save(state, tmp_path / "trainer_state.pt")
     write_sums(tmp_path)
-    with pytest.raises(ConfigError, match="trainer_state.pt without a run's state"):
+    with pytest.raises(ConfigError, match=r"trainer_state\.pt without a run's state"):
         load_state(tmp_path)
 
 
