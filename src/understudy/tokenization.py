@@ -142,7 +142,8 @@ def _read_tokenizer(model: str, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    tokenizer.decode(tokenizer("a text")["input_ids"])  # some settings are looked at only when it is used
+    # Some settings are looked at only when it is used; no word is in every vocabulary.
+    tokenizer.decode(tokenizer("")["input_ids"])
     return tokenizer
 
 
