@@ -124,15 +124,16 @@ def load_model(
             raise ValueError(f"weights without {', '.join(sorted(report['missing_keys'])[:3])}")
         if base is not None:
             loaded = _peft().PeftModel.from_pretrained(loaded, model).merge_and_unload()
-    loaded = loaded.to(device)
+        loaded = loaded.to(device)
     if device.type == "cpu":
         use_matmul_attention(loaded)
     return loaded
 
 
 def _refuse_damaged(folder: Path, role: str) -> None:
-    """Raise ConfigError for a run's checkpoint whose weights a disk has changed: they would load all the same."""
-    if (got := damage(folder, only=".safetensors")) is not None:
+    """Raise ConfigError for a run's checkpoint whose weights a disk has changed: they would load all the same. Other
+    folders have no sums, and need none."""
+    if (folder / SUMS_FILE).exists() and (got := damage(folder, only=".safetensors")) is not None:
         raise ConfigError(
             f"{role} model {folder}",
             got=got,
