@@ -65,10 +65,10 @@ def _damage(results: Mapping[str, Any]) -> str:
     return f"""## Damaged checkpoints
 
 Every checkpoint holds `SHA256SUMS` of its files, which `sha256sum --check` reads. `--resume` verifies all of
-them. A checkpoint that is not as it was written is passed over: the log names the file, with both sums, and the
-run goes on from the checkpoint before it. The damaged one is set aside as `step_NNNNNN.damaged` until the next
-is written. Where none is whole, nothing is started (exit code 2). A run that takes a checkpoint as its student
-or teacher verifies its weights too.
+them. A checkpoint that is not as it was written, or that lost the list itself, is passed over: the log names the
+file, with both sums, and the run goes on from the checkpoint before it. The damaged one is set aside as
+`step_NNNNNN.damaged` until the next is written. Where none is whole, nothing is started (exit code 2). A run that
+takes a checkpoint as its student or teacher verifies its weights too, where it has sums.
 
 {table}
 """

@@ -173,13 +173,18 @@ def test_a_damaged_list_of_sums(saved: Path) -> None:
             assert damage(newest(saved)) is not None
 
 
-def test_without_sums_the_state_is_still_looked_at(saved: Path) -> None:
-    """As an earlier version wrote it."""
+def test_without_sums_a_checkpoint_is_damaged(saved: Path) -> None:
     (newest(saved) / "SHA256SUMS").unlink()
-    assert newest_state(saved)[0] == 4
+    step, path, state, damaged = newest_state(saved)
+    assert (step, path, state["costs"]) == (2, checkpoint_path(saved, 2), 2)
+    assert damaged == {newest(saved): "without SHA256SUMS"}
+
+
+def test_with_sums_made_anew_the_state_is_still_looked_at(saved: Path) -> None:
     content = (newest(saved) / "trainer_state.pt").read_bytes()
     for length in (0, 1, 100, len(content) // 2, len(content) - 1):
         (newest(saved) / "trainer_state.pt").write_bytes(content[:length])
+        write_sums(newest(saved))
         assert newest_state(saved)[0] == 2
 
 

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from user import interrupt_in, metrics, run_cli, save_model, tree, without_times
 ANY_ENTROPY = {"collapse": 0.999999, "explosion": 1.000001, "slack": 0.0}
 # Cached decoding and a full pass round differently in every step.
 ANY_RATIO = {"abs_log_mean": 1e-12}
+# peft asks transformers the old way
+peft_warns = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 # Nothing else speaks up: random models have nothing in common.
 OTHERS_OFF = {
     name: {"action": "off"}
@@ -288,6 +291,78 @@ def test_weights_that_an_update_has_ruined_are_not_kept(models: Path, tmp_path: 
         understudy.sft(wanted, quiet=True)
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1]
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+class Ruinous(LocalTrainer):
+    """Its second update, counted from where it begins, ruins one tensor of those that train."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(load_student(config.student), config.optim)
+        self.updates = 0
+
+    def optimizer_step(self, *, learning_rate: float, divisor: int) -> dict[str, float]:
+        made = super().optimizer_step(learning_rate=learning_rate, divisor=divisor)
+        self.updates += 1
+        if self.updates == 2:
+            with torch.no_grad():
+                self._parameters[-1].view(-1)[0] = math.nan
+        return made
+
+
+def by_length(prompt: Any, text: str, finish_reason: str) -> float:
+    return float(len(text))
+
+
+UNKEPT = "guard nonfinite, step {}: .*log-probabilities are not finite.*These weights are not kept"
+
+
+@peft_warns
+@pytest.mark.parametrize("student", [{}, {"lora": {"rank": 2}}], ids=["full", "lora"])
+@pytest.mark.parametrize("method", ["sft", "distill", "rl"])
+def test_ruined_weights_are_never_saved(method: str, student: Any, models: Path, tmp_path: Path) -> None:
+    """Not by the save that comes next, nor by the one that ends the run; the last good checkpoint stays."""
+    train = partial(understudy.rl, rewards=by_length) if method == "rl" else getattr(understudy, method)
+    sections: dict[str, Any] = {"student": {"model": str(models / "student"), "device": "cpu", **student}}
+    sections["rollouts"] = {"per_step": 0}
+    for name, steps in (("next", 3), ("last", 2)):
+        out = tmp_path / name
+        wanted = config(models, out, steps=steps, checkpoints={"every": 1, "keep": 1}, **sections)
+        with pytest.raises(GuardStop, match=UNKEPT.format(2)):
+            train(wanted, trainer=Ruinous(wanted), quiet=True)
+        assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_000001"]
+        [alarm] = alarms(out)
+        assert (alarm["step"], alarm["guard"], alarm["action"]) == (2, "nonfinite", "stop")
+        assert (alarm["value"], alarm["rollouts"]) == (None, [])
+        done = train(wanted, resume=True, quiet=True)
+        assert done.metrics["step"] == steps
+        assert alarms(out) == []
+        kept = done.student / ("adapter_model.safetensors" if student else "model.safetensors")
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(kept).values())
+
+
+@pytest.mark.parametrize("method", ["sft", "distill"])
+def test_one_update_that_overflows_ends_with_exit_code_1(
+    method: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No loss comes after it, and what it makes of the weights may be finite: only what they compute is not."""
+    optim = {"learning_rate": 1e38, "num_steps": 1}
+    wanted = config(models, tmp_path / "run", optim=optim, rollouts={"per_step": 0})
+    path = write_toml(tmp_path / "run.toml", json.loads(wanted.model_dump_json(exclude_none=True)))
+    assert run_cli(monkeypatch, method, path) == 1
+    assert "guard nonfinite, step 1" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert [(alarm["step"], alarm["guard"]) for alarm in alarms(tmp_path / "run")] == [(1, "nonfinite")]
+
+
+def test_completions_of_ruined_weights_are_an_alarm(models: Path, tmp_path: Path) -> None:
+    """The sampler meets them before any save does."""
+    wanted = config(models, tmp_path / "run", optim={"learning_rate": 1e38}, checkpoints={"every": 50})
+    with pytest.raises(NonFiniteError, match=r"the sampler returned .* nan"):
+        understudy.distill(wanted, quiet=True)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    [alarm] = alarms(tmp_path / "run")
+    assert (alarm["step"], alarm["guard"], alarm["action"]) == (2, "nonfinite", "stop")
+    assert "the sampler returned" in alarm["words"]
 
 
 class Notes:

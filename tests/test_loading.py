@@ -44,6 +44,19 @@ def test_no_weights_at_all(folder: Path) -> None:
         load_student(StudentConfig(model=str(folder), device="cpu"))
 
 
+def test_no_room_for_a_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    monkeypatch.setattr("transformers.PreTrainedModel.to", full)
+    with pytest.raises(ConfigError) as error:
+        load_model(str(folder), role="teacher", dtype=torch.float32, device=torch.device("cpu"))
+    assert error.value.where == f"teacher model {folder}"
+    assert error.value.got == ("out of memory while it was loaded: CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert error.value.remedy.startswith("use a smaller model")
+
+
 def test_devices() -> None:
     assert pick_device("cpu") == torch.device("cpu")
     for name in ("gpu", "cuda:99", "", "meta"):

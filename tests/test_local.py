@@ -267,19 +267,26 @@ def assert_same_rollouts(groups: list[list[Rollout]], expected: list[list[Rollou
         assert one.sampler_logprobs == pytest.approx(other.sampler_logprobs, abs=1e-12)
 
 
+NO_ROOM = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+)
+
+
 class Decodes:
     """How many rows are decoded at once; more than ``most`` do not fit in memory."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int = 10**6) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int = 10**6, error: Exception = NO_ROOM[0]) -> None:
         self.rows: list[int] = []
         self.failed: list[int] = []
-        self.most, self.decode = most, local.decode
+        self.most, self.decode, self.error = most, local.decode, error
         monkeypatch.setattr(local, "decode", self)
 
     def __call__(self, model: LanguageModel, prompts: Sequence[Sequence[int]], *arguments: Any, **options: Any) -> Any:
         if len(prompts) > self.most:
             self.failed.append(len(prompts))
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            raise self.error
         self.rows.append(len(prompts))
         return self.decode(model, prompts, *arguments, **options)
 
@@ -307,11 +314,14 @@ def test_a_row_is_decoded_however_little_memory_there_is(monkeypatch: pytest.Mon
     assert decodes.rows == [1] * 16
 
 
-def test_batches_that_do_not_fit_are_halved(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("error", NO_ROOM, ids=["gpu", "cpu", "python"])
+def test_batches_that_do_not_fit_are_halved(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     sampler = sampler_of(tiny_model(seed=5))
     sampling = SAMPLING.model_copy(update={"max_batch_rows": 14})
     expected = sampler.sample(PROMPTS, sampling, seed=1)
-    decodes = Decodes(monkeypatch, most=3)
+    decodes = Decodes(monkeypatch, most=3, error=error)
     assert_same_rollouts(sampler.sample(PROMPTS, sampling, seed=1), expected)
     assert decodes.failed == [14, 7, 4, 7, 4]
     assert decodes.rows == [3, 2, 2, 3, 2, 2, 2]
@@ -320,12 +330,20 @@ def test_batches_that_do_not_fit_are_halved(monkeypatch: pytest.MonkeyPatch, cap
     ]
 
 
-def test_a_single_row_that_does_not_fit_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", NO_ROOM, ids=["gpu", "cpu", "python"])
+def test_a_single_row_that_does_not_fit_ends_the_run(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = sampler_of(tiny_model(seed=5))
-    decodes = Decodes(monkeypatch, most=0)
+    decodes = Decodes(monkeypatch, most=0, error=error)
     with pytest.raises(RunError, match=r"single completion; lower sampling.max_completion_tokens \(now 6\)"):
         sampler.sample(PROMPTS, SAMPLING, seed=1)
     assert decodes.failed == [16, 8, 4, 2, 1]
+
+
+def test_other_failures_of_decoding_are_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+    decodes = Decodes(monkeypatch, most=0, error=RuntimeError("sizes do not match"))
+    with pytest.raises(RuntimeError, match="sizes do not match"):
+        sampler_of(tiny_model(seed=5)).sample(PROMPTS, SAMPLING, seed=1)
+    assert decodes.failed == [16]
 
 
 def test_only_caches_that_cannot_choose_rows_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:

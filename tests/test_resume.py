@@ -26,6 +26,7 @@ import torch
 
 import understudy
 from understudy import ConfigError, Prompt, RunConfig
+from understudy.backends.loading import load_model
 from understudy.checkpoints import jsonl, write_sums
 from user import (
     amounts,
@@ -386,6 +387,24 @@ def test_a_damaged_checkpoint_is_passed_over(
     [said] = [message for message in caplog.messages if "is damaged" in message]
     assert said.startswith(f"checkpoint {path.parent} is damaged (not as it was written: {name} (sha256 ")
     assert said.endswith("): going on after step 4 instead")
+    assert_same_run(folder, undisturbed["distill"])
+
+
+def test_a_checkpoint_without_sums_is_passed_over(
+    material: Path, tmp_path: Path, undisturbed: Finished, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run that wrote it had them; whoever names it as a model needs none."""
+    folder = tmp_path / "run"
+    config = config_for("distill", material, folder)
+    config["checkpoints"]["keep"] = 2
+    run("distill", config)
+    newest = folder / "checkpoints" / "step_000005"
+    (newest / "SHA256SUMS").unlink()
+    load_model(str(newest), role="teacher", dtype=torch.float32, device=torch.device("cpu"))
+    caplog.set_level("INFO", logger="understudy")
+    resume(material, folder)
+    said = f"checkpoint {newest} is damaged (without SHA256SUMS): going on after step 4 instead"
+    assert said in caplog.messages
     assert_same_run(folder, undisturbed["distill"])
 
 

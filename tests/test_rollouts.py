@@ -6,7 +6,7 @@ import pytest
 
 from tiny import prompt_of, rollout_of
 from understudy.config import SamplingConfig
-from understudy.errors import RunError
+from understudy.errors import NonFiniteError, RunError
 from understudy.rollouts import sample_rollouts, step_seed, within_lag
 from understudy.types import Prompt, Rollout
 
@@ -41,7 +41,7 @@ def test_good_rollouts_pass_unchanged() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), float("inf")])
 def test_a_logprob_that_is_not_finite_stops_the_run(value: float) -> None:
-    with pytest.raises(RunError, match=r"prompt 5; expected at least one token and finite"):
+    with pytest.raises(NonFiniteError, match=r"prompt 5; expected at least one token and finite"):
         ask([[rollout_of(prompt_of([1], 5), [2, 0], [-1.0, value])]], prompt_of([1], 5))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from tiny import prompt_of, rollout_of
-from understudy.errors import RunError, ServerError, ServerUnavailable
+from understudy.errors import NonFiniteError, RunError, ServerError, ServerUnavailable
 from understudy.teacher_scores import score_reachable, score_reference, score_rollouts, teacher_view
 from understudy.types import SampledScores, ScoreKind, TokenSequence, TopkScores
 
@@ -157,6 +157,14 @@ def test_bad_alternatives_name_rollout_and_position(
 ) -> None:
     with pytest.raises(RunError, match=f"teacher 'default', prompt 4.*{message}"):
         score_rollouts({"default": Alternatives(ids, logprobs)}, [rollout(4)], "topk", topk=2)
+
+
+def test_alternatives_that_are_no_numbers_are_told_from_those_that_are_wrong() -> None:
+    for value, kind in ((float("nan"), NonFiniteError), (-0.2, RunError)):
+        teacher = Alternatives([[1, 2]] * 2, [[-1.0, -2.0], [-0.1, value]])
+        with pytest.raises(RunError) as error:
+            score_rollouts({"default": teacher}, [rollout(4)], "topk", topk=2)
+        assert type(error.value) is kind
 
 
 def test_good_alternatives_pass() -> None:

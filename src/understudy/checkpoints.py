@@ -87,7 +87,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
             if whole and isinstance(state.get("method"), str | None):
                 return state
             got = f"{STATE_FILE} without a run's state"
-        except Exception as error:  # without sums to hold it against, damaged content may raise anything
+        except Exception as error:  # sums that somebody made anew say nothing about the content
             got = f"{STATE_FILE}: {first_line(error)}"
     raise ConfigError(
         f"checkpoint {checkpoint}",
@@ -133,11 +133,11 @@ def write_sums(folder: Path) -> None:
 
 
 def damage(folder: Path, *, only: str = "") -> str | None:
-    """What is wrong with files that ``SHA256SUMS`` lists: missing, or not as they were written. None: nothing, or no
-    such list. ``only``: of files whose names end so."""
+    """What is wrong with a checkpoint's ``SHA256SUMS``, or with files that it lists: missing, or not as they were
+    written. None: nothing. ``only``: of files whose names end so."""
     path = folder / SUMS_FILE
-    if not path.exists():
-        return None
+    if not path.is_file():
+        return f"without {SUMS_FILE}"
     lines = path.read_bytes().decode("utf-8", "replace").splitlines(keepends=True)
     found = [_SUM.fullmatch(line.removesuffix("\n")) for line in lines if line.endswith("\n")]
     listed = {match[2]: match[1] for match in found if match}

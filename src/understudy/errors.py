@@ -4,7 +4,7 @@ UnderstudyError
 ├── ConfigError      bad input, found before compute is spent            exit code 2
 └── RunError         something failed while running; state is kept       exit code 1
     ├── GuardStop       a guard ended the run, with the weights of the last good update
-    ├── NonFiniteError  a mark, a loss or a gradient is not a finite number; no update was made of it
+    ├── NonFiniteError  a log-probability, a loss or a gradient is not a finite number; no update was made of it
     │   └── ZeroProbabilityError    an infinite divergence, with the position where it is
     └── ServerError             a server answered wrongly for good, with its name
         └── ServerUnavailable   a server was away for longer than its connection's patience_seconds
@@ -48,7 +48,7 @@ class GuardStop(RunError):
 
 
 class NonFiniteError(RunError):
-    """A mark, a loss or a gradient is not a finite number. The weights are those of the update before."""
+    """A log-probability, a loss or a gradient is not a finite number. The weights are those of the update before."""
 
 
 class ZeroProbabilityError(NonFiniteError, ValueError):

@@ -146,9 +146,20 @@ class GuardWatch:
         if len(known) < len(row) and not row.get("update/skipped"):
             name = next(name for name in row if name not in known)
             finding = Finding("nonfinite", name, row[name], math.inf, f"{name} is {row[name]}", CAUSES["nonfinite"])
-            self._tell(finding, "stop")
-            raise GuardStop(f"{self._message(finding)} {_AFTER['made']}", keeps=False)
+            raise self._ruined(finding)
         return known
+
+    def weights(self, step: int, trainer: Trainer) -> None:
+        """Look at the weights after ``step`` before they are saved. Raises GuardStop where they are not finite."""
+        if not weights_are_finite(trainer):
+            self._begin(step)  # it is that step's update which ruined them
+            words = "with the weights after its update, log-probabilities are not finite"
+            raise self._ruined(Finding("nonfinite", "", math.nan, math.inf, words, CAUSES["nonfinite"]))
+
+    def _ruined(self, finding: Finding) -> GuardStop:
+        """What ends a run whose weights are lost."""
+        self._tell(finding, "stop")
+        return GuardStop(f"{self._message(finding)} {_AFTER['made']}", keeps=False)
 
     def record(self, row: Row) -> None:
         """Judge a whole row, and remember it. Raises GuardStop."""
@@ -160,7 +171,8 @@ class GuardWatch:
             self._begin(self._step + 1)
 
     def not_finite(self, error: Exception) -> None:
-        """Keep what ended the run before there was a row to judge: marks, or a divergence, that are not finite."""
+        """Keep what ended the run before there was a row to judge: a completion's log-probabilities, marks or a
+        divergence that are not finite."""
         self._tell(Finding("nonfinite", "", math.inf, math.inf, str(error), CAUSES["nonfinite"]), "stop")
 
     def _judge(self, row: Row) -> list[Finding]:
@@ -213,6 +225,12 @@ class GuardWatch:
         stored = index < config.per_step and written_by % config.every == 0
         file = rollouts_path(Path("rollouts"), written_by).as_posix() if stored else None
         return {"file": file, "index": index, "prompt_index": self._scored[index].rollout.prompt.index}
+
+
+def weights_are_finite(trainer: Trainer) -> bool:
+    """Whether they give a token a log-probability: what an update has ruined shows in any, at the price of one."""
+    [logprobs] = trainer.compute_logprobs([TokenSequence([0], [0])])
+    return all(map(math.isfinite, logprobs))
 
 
 def _follows_advantages(own: TrainingExample) -> bool:

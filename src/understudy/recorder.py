@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from understudy.backends.protocols import Teacher, Trainer
 from understudy.checkpoints import checkpoint_path
-from understudy.errors import GuardStop, NonFiniteError, ServerUnavailable, UnderstudyError
-from understudy.guard_actions import GuardedTrainer, GuardWatch, WeightsOf
+from understudy.errors import NonFiniteError, ServerUnavailable, UnderstudyError
+from understudy.guard_actions import GuardedTrainer, GuardWatch, WeightsOf, weights_are_finite
 from understudy.live.follow import title_of
 from understudy.progress import StepProgress
 from understudy.rollout_store import rollout_record
@@ -112,7 +111,7 @@ class Recorder:
         self._stop.release()
 
     def finish_step(self) -> Literal["go on", "stop"]:
-        """Evaluate when due, save when due or asked to stop."""
+        """Evaluate when due, save when due or asked to stop. Raises GuardStop for weights that are no numbers."""
         step, config = self.last_step, self._config
         last = step == config.optim.num_steps
         if self._folder.evaluation_is_due(step):
@@ -129,11 +128,9 @@ class Recorder:
         """``save_last_update``, where the weights are still those of the last good update; else None."""
         if isinstance(error, NonFiniteError):
             self._watch.not_finite(error)
-        if isinstance(error, GuardStop | NonFiniteError):
-            # A loss is also NaN where an update before it has ruined the weights; any tokens show that.
-            [probe] = self._trainer.compute_logprobs([TokenSequence([0], [0])])
-            if not getattr(error, "keeps", True) or not all(map(math.isfinite, probe)):
-                return None
+        # A loss is also NaN where an update before it has ruined the weights.
+        if not getattr(error, "keeps", True) or not weights_are_finite(self._trainer):
+            return None
         return self.save_last_update()
 
     def save_last_update(self) -> int:
@@ -153,6 +150,7 @@ class Recorder:
             self.last_row = self._folder.amend(measured)
 
     def _save(self) -> None:
+        self._watch.weights(self.last_step, self._trainer)
         start = time.perf_counter()
         with self._progress.saying("saving a checkpoint"), self._stop.whole():
             self._folder.save_checkpoint(self.last_step, self._trainer, self._student.tokenizer)

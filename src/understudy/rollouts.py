@@ -9,7 +9,7 @@ import numpy as np
 
 from understudy.backends.protocols import Sampler
 from understudy.config import SamplingConfig
-from understudy.errors import RunError
+from understudy.errors import NonFiniteError, RunError
 from understudy.types import Prompt, Rollout
 
 
@@ -21,16 +21,19 @@ def step_seed(seed: int, step: int) -> int:
 def sample_rollouts(
     sampler: Sampler, prompts: Sequence[Prompt], sampling: SamplingConfig, *, seed: int
 ) -> list[list[Rollout]]:
-    """``sampling.group_size`` rollouts per prompt. Raises RunError for completions that could not be trained on."""
+    """``sampling.group_size`` rollouts per prompt. Raises RunError for completions that could not be trained on, of
+    these NonFiniteError for log-probabilities that are not finite."""
     groups = sampler.sample(prompts, sampling, seed=seed)
     for prompt, group in zip(prompts, groups, strict=True):
         for rollout in group:
-            if not rollout.completion_ids or not all(map(math.isfinite, rollout.sampler_logprobs)):
-                raise RunError(
+            finite = all(map(math.isfinite, rollout.sampler_logprobs))
+            if not rollout.completion_ids or not finite:
+                kind = RunError if finite else NonFiniteError
+                raise kind(
                     f"the sampler returned {len(rollout.completion_ids)} tokens with log-probabilities "
                     f"{list(rollout.sampler_logprobs)[:5]} for prompt {prompt.index}; expected at least one token and "
-                    "finite values. A model whose weights have become NaN does this: resume from an earlier checkpoint "
-                    "with a lower optim.learning_rate"
+                    "finite values. A model whose weights have become NaN does this: lower optim.learning_rate in a "
+                    "new run"
                 )
     return groups
 

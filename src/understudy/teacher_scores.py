@@ -127,7 +127,8 @@ def _check_topk(score: TopkScores, rollout: Rollout, who: str, topk: int) -> Non
             raise RunError(f"{place} has alternatives {list(ids)}; expected different token ids")
         mass = sum(map(math.exp, logprobs))
         if not mass <= 1 + 1e-3:
-            raise RunError(
+            kind = RunError if math.isfinite(mass) else NonFiniteError
+            raise kind(
                 f"{place} has alternatives of probability {mass:.4g} in all; expected at most 1, from one distribution "
                 "over the whole vocabulary"
             )

@@ -213,7 +213,9 @@ def test_whole_demos_say_nothing(tmp_path: Path):
     for name in ("ledger", "assistant"):
         assert demos.run(name, tmp_path / name) == 0  # type: ignore[arg-type]
         for log in (tmp_path / name / "logs").iterdir():
-            assert "doctor, " not in log.read_text(encoding="utf-8"), log
+            text = log.read_text(encoding="utf-8")
+            assert "doctor, " not in text, log
+            assert "guard " not in text, log
     # And the whole doctor finds nothing to complain of in what they train on-policy.
     for config in (tmp_path / "ledger" / "distill-full.toml", tmp_path / "ledger" / "distill-sampled.toml"):
         assert complaints(look(RunConfig.from_toml(config))) == []

@@ -74,13 +74,14 @@ def changed_states(draw: st.DrawFn, name: str, data: bytes) -> dict[str, bytes]:
 
 def broken(run: Path, folder: Path, changes: dict[str, bytes | None], sums: str) -> None:
     """``folder`` becomes a copy of ``run`` with these changes. ``sums``: those of the files as they were ("kept"), of
-    the changed ones ("made anew"), or none ("gone")."""
+    the changed ones ("made anew"), or none in the newest checkpoint ("gone")."""
     mark = run.with_name("mark")
     damaged(run, folder, changes, mark)
-    for checkpoint in (folder / "checkpoints").iterdir():
-        if sums == "gone":
-            (checkpoint / SUMS_FILE).unlink(missing_ok=True)
-        elif sums == "made anew":
+    checkpoints = sorted((folder / "checkpoints").iterdir())
+    if sums == "gone":
+        (checkpoints[-1] / SUMS_FILE).unlink(missing_ok=True)
+    elif sums == "made anew":
+        for checkpoint in checkpoints:
             write_sums(checkpoint)
 
 
@@ -90,7 +91,8 @@ SUMS = st.sampled_from(["kept", "gone", "made anew"])
 @pytest.mark.filterwarnings("ignore")
 @forms(60, 3_000)
 def test_checkpoints(cases: int, long: bool, world: Path, tmp_path: Path) -> None:
-    """With their sums whatever has changed is found; without, what cannot be read. Nothing in them is run."""
+    """With their sums whatever has changed is found, and that they are gone; with sums made anew, what cannot be read.
+    Nothing in them is run."""
     run, folder = world / "whole", tmp_path / "run"
     good = contents_of(run / "checkpoints" / "step_000002")
     trap = io.BytesIO()
@@ -104,8 +106,10 @@ def test_checkpoints(cases: int, long: bool, world: Path, tmp_path: Path) -> Non
         found: list[Any] = []
         outcome("folders: checkpoints", lambda: found.extend(newest_state(folder / "checkpoints")))
         assert not run.with_name("mark").exists()
-        if sums != "kept" and STATE_FILE not in changes:
+        if sums == "made anew" and STATE_FILE not in changes:
             assert found[0] == 2, changes.keys()
+        if sums == "gone":
+            assert (found[0], [*found[3].values()]) == (1, [f"without {SUMS_FILE}"])
         if sums == "kept" and changed and SUMS_FILE not in changes:
             assert found[0] == 1, changes.keys()
             [what] = found[3].values()

@@ -72,9 +72,8 @@ def damaged_checkpoints(folder: Path, *, looked_at: int, resumed: int, seed: int
 
 
 def spoil(checkpoint: Path, kind: str, draw: random.Random) -> None:
-    """Damage one of its files; not the list of sums by removing it, which says nothing about the others."""
-    files = sorted(path for path in checkpoint.iterdir() if path.is_file())
-    path = draw.choice([path for path in files if kind != "missing file" or path.name != "SHA256SUMS"])
+    """Damage one of its files, the list of sums among them."""
+    path = draw.choice(sorted(path for path in checkpoint.iterdir() if path.is_file()))
     if kind == "missing file":
         path.unlink()
         return

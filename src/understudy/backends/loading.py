@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from understudy.backends.attention import use_matmul_attention
 from understudy.backends.language_model import LanguageModel, shape_of
+from understudy.backends.memory import is_out_of_memory
 from understudy.checkpoints import SUMS_FILE, damage
 from understudy.config import Dtype, LoraConfig, StudentConfig
 from understudy.errors import ConfigError, first_line
@@ -66,12 +67,19 @@ def meta_shape(model: str, *, role: str, trust_remote_code: bool = False) -> tup
 
 @contextlib.contextmanager
 def _explained(model: str, role: str) -> Iterator[None]:
-    """What transformers and peft raise for a model they cannot load, as ConfigError."""
+    """What transformers and peft raise for a model they cannot load, or have no room for, as ConfigError."""
     try:
         yield
     except ConfigError:
         raise
     except Exception as error:  # files that people write, read by libraries that raise whatever comes to them
+        if is_out_of_memory(error):
+            raise ConfigError(
+                f"{role} model {model}",
+                got=f"out of memory while it was loaded: {first_line(error)}",
+                expected="room for its weights",
+                remedy='use a smaller model, dtype = "bfloat16" or another device; or end what else takes memory there',
+            ) from None
         raise unreadable(
             error,
             model,
@@ -116,15 +124,16 @@ def load_model(
             raise ValueError(f"weights without {', '.join(sorted(report['missing_keys'])[:3])}")
         if base is not None:
             loaded = _peft().PeftModel.from_pretrained(loaded, model).merge_and_unload()
-    loaded = loaded.to(device)
+        loaded = loaded.to(device)
     if device.type == "cpu":
         use_matmul_attention(loaded)
     return loaded
 
 
 def _refuse_damaged(folder: Path, role: str) -> None:
-    """Raise ConfigError for a run's checkpoint whose weights a disk has changed: they would load all the same."""
-    if (got := damage(folder, only=".safetensors")) is not None:
+    """Raise ConfigError for a run's checkpoint whose weights a disk has changed: they would load all the same. Other
+    folders have no sums, and need none."""
+    if (folder / SUMS_FILE).exists() and (got := damage(folder, only=".safetensors")) is not None:
         raise ConfigError(
             f"{role} model {folder}",
             got=got,

@@ -134,10 +134,12 @@ class LocalSampler:
                 top_k=sampling.top_k,
                 ends=self._ends,
             )
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             if len(jobs) == 1:
                 raise RunError(
-                    "out of GPU memory while sampling a single completion; lower sampling.max_completion_tokens "
+                    "out of memory while sampling a single completion; lower sampling.max_completion_tokens "
                     f"(now {length}), or use a smaller student"
                 ) from None
             completions = None
@@ -310,7 +312,7 @@ class LocalTrainer:
         if not math.isfinite(norm):
             self._optimizer.zero_grad(set_to_none=True)
             raise NonFiniteError(
-                f"the gradient's norm is {norm}; expected a finite number. Lower optim.learning_rate and resume"
+                f"the gradient's norm is {norm}; expected a finite number. Lower optim.learning_rate in a new run"
             )
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
