@@ -263,7 +263,8 @@ def resolve_stop_ids(
                 f"end-of-text of student {student.name} and teacher {name} ({teacher.name})",
                 got=f"student {_named(student, student.end_ids)}, teacher {_named(teacher, teacher.end_ids)}",
                 expected="the same end-of-text ids",
-                remedy=f"say what ends a completion, e.g. sampling.stop_token_ids = {sorted(teacher.end_ids)} "
+                remedy="say what ends a completion, e.g. sampling.stop_token_ids = "
+                f"{sorted(teacher.end_ids or student.end_ids)} "
                 "(usually the teacher's, and a student that can write it: fine-tune it on the teacher's format first)",
             )
     return student.end_ids

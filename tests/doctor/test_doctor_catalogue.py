@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from cases import (
+    LEDGER,
     Marker,
     complaints,
     copied,
@@ -27,11 +28,13 @@ from cases import (
     with_end,
 )
 
+from hostile import TEXTS
 from test_recipes import SINGLE, stand_in
-from understudy import ConfigError, RunConfig, api
+from understudy import ConfigError, RunConfig, RunError, api
 from understudy.config_pipeline import PipelineConfig
+from understudy.doctor import catalogue
 from understudy.doctor.catalogue import CHECKS, look_before
-from understudy.doctor.findings import Report
+from understudy.doctor.findings import Check, Found, Report
 from understudy.preflight import check_run
 from understudy.supervised import supervised_examples
 from understudy.worlds import assistant_demo, demos, ledger_demo
@@ -97,6 +100,60 @@ def test_the_fast_form_begins_with_what_commands_refuse(world: Path):
     report = look(ledger_config(world, prompts=None), fast=True)
     assert [finding.check for finding in report.of("fail")] == ["configuration.sections"]
     assert (report.exit_code, "no [prompts]" in report.of("fail")[0].evidence) == (2, True)
+
+
+@pytest.mark.parametrize("method", ["rl", "sft"])
+def test_other_methods_are_healthy_too(method: Any, world: Path, tmp_path: Path):
+    """Of the ledger world: its prompts with its grader, and its solutions to them."""
+    rows = [json.loads(line) for line in (world / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    solved = [{"prompt": row["prompt"], "completion": LEDGER.solution(row["prompt"])} for row in rows]
+    sections: Any = {
+        "rl": {"reward": {"grader": "ledger"}},
+        "sft": {"prompts": {"path": str(write_rows(tmp_path / "solved.jsonl", solved))}},
+    }
+    report = look(ledger_config(world, **sections[method]), method, fast=True)
+    assert complaints(report) == []
+    assert report.not_run == {}
+    silent = {"rl": {"tokens.map"}, "sft": {"tokens.map", "data.lengths"}}[method]  # no teacher; no prompts
+    assert {finding.check for finding in report.findings} == {check.name for check in CHECKS if check.fast} - silent
+
+
+def test_what_rows_say_never_reaches_a_terminal_as_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: Any
+):
+    """Hostile texts as prompts, twice, so that repeats are shown too."""
+    for seed, role in enumerate(("student", "teacher")):
+        save_model(tmp_path / role, bpe_tokenizer(), seed=seed, context=512)
+    for text in ("\x1b]0;PWNED\x07", *(t for t in TEXTS if not t.isprintable() and "\ud800" not in t)):
+        config = tiny_config(tmp_path, rows=[{"prompt": text, "answer": text}] * 2)
+        run = write_toml(tmp_path / "run.toml", json.loads(config.model_dump_json(exclude_none=True)))
+        run_cli(monkeypatch, "doctor", run, "--fast")
+        printed = capsys.readouterr().out
+        assert "stand there again" in printed
+        assert all(character.isprintable() or character == "\n" for character in printed), text
+        [line] = [line for line in said_before(config, "distill", caplog) if "data.duplicates" in line]
+        assert line.isprintable()
+
+
+def test_findings_hold_no_control_characters(world: Path):
+    """Whoever writes one: in evidence, in remedies, in errors. What a check saw before an error stands."""
+
+    def hostile(case: Any) -> Any:
+        yield Found("warn", "\x1b[2Jseen\nmore\x07", {"raw": "\x1b"}, "do\u202e this")
+        raise ConfigError("\x1b", got="\x9b", expected="\r", remedy="\x1b]0;PWNED\x07")
+
+    def run(case: Any) -> Any:
+        raise RunError("\x1b]0;PWNED\x07")
+
+    checks = [Check(f"own.{name}", check, "", "", "") for name, check in (("seen", hostile), ("run", run))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalogue, "CHECKS", checks)
+        report = look(ledger_config(world))
+    assert [(f.evidence, f.remedy) for f in report.findings] == [
+        ("⟨1B⟩[2Jseen\nmore⟨07⟩", "do⟨202E⟩ this"),
+        ("⟨1B⟩: got ⟨9B⟩; expected ⟨0D⟩", "⟨1B⟩]0;PWNED⟨07⟩"),
+        ("⟨1B⟩]0;PWNED⟨07⟩", ""),
+    ]
 
 
 # At the start of training

@@ -12,7 +12,7 @@ import pytest
 from cases import complaints, levels, look, only, tiny_config
 
 from understudy import RunConfig
-from understudy.doctor.data import NGRAM, seen_grams, without_template
+from understudy.doctor.data import NGRAM, asked_once, seen_grams, without_template
 from user import bpe_tokenizer, save_model, word_tokenizer, write_rows
 
 FAST = {"fast": True}
@@ -48,6 +48,8 @@ def test_healthy_rows_pass(models: Path):
         "long": 4,
         "seen": 0,
         "share": 0.0,
+        "whole": 0,
+        "whole_share": 0.0,
     }
     lengths = [finding.numbers for finding in report.findings if finding.check == "data.lengths"]
     assert lengths == [
@@ -81,7 +83,7 @@ def test_a_file_that_was_written_twice(models: Path):
     finding = only(look(tiny_config(models, rows=[*LONG, *LONG]), **FAST), "data.duplicates")
     assert finding.level == "warn"
     assert finding.numbers == {"rows": 24, "repeats": 12, "share": 0.5}
-    assert f"2 times: {LONG[0]['prompt']}" in finding.evidence
+    assert f"2 times: '{LONG[0]['prompt']}" in finding.evidence
     assert "drop the repeats" in finding.remedy
 
 
@@ -131,11 +133,41 @@ def test_conversations_of_sft_are_searched(tmp_path: Path):
     assert finding.numbers["seen"] == 1
 
 
-def test_short_problems_are_not_judged(models: Path):
-    short = [{"prompt": "w1 w2", "answer": "w1"}]
-    finding = only(look(config_with(models, [*LONG, *short], short), **FAST), "data.contamination")
-    assert finding.level == "pass"
-    assert "1 shorter ones cannot be judged" in finding.evidence
+SHORT = [{"prompt": f"w{i} w{i + 1} - w{i + 2}", "answer": f"w{i}"} for i in range(20)]
+
+
+@pytest.mark.parametrize(("copies", "level"), [(0, "pass"), (2, "pass"), (3, "warn"), (20, "warn")])
+def test_short_problems_are_compared_whole(copies: int, level: str, models: Path):
+    """From more than a tenth of the problems on; signs count, blanks and capitals do not."""
+    training = [*LONG, *({"prompt": row["prompt"].upper().replace(" ", "  ")} for row in SHORT[:copies])]
+    other_signs = [{"prompt": row["prompt"].replace("-", "+")} for row in SHORT]
+    finding = only(look(config_with(models, [*training, *other_signs], SHORT), **FAST), "data.contamination")
+    assert finding.level == level
+    assert (finding.numbers["whole"], finding.numbers["whole_share"]) == (copies, copies / 20)
+    assert f"; {copies} of 20 shorter ones are what one row asks, word for word" in finding.evidence
+    assert (repr(SHORT[0]["prompt"]) in finding.evidence) == (level == "warn")
+
+
+def test_short_problems_among_the_rows_of_sft(tmp_path: Path):
+    for role in ("student", "teacher"):
+        save_model(tmp_path / role, bpe_tokenizer(chat=True), context=128)
+    asked = [f"{i} sold to {i + 1}" for i in range(12)]
+    as_prompts = [{"prompt": text, "completion": "72"} for text in asked[:6]]
+    as_chats = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "72"}]} for text in asked[6:]
+    ]
+    test = write_rows(tmp_path / "test.jsonl", [{"prompt": text, "answer": "72"} for text in asked])
+    rows = [*as_prompts, *as_chats]
+    task = {"evaluation": {"tasks": [{"path": str(test)}]}}
+    finding = only(look(tiny_config(tmp_path, rows=rows, **task), "sft", **FAST), "data.contamination")
+    assert (finding.level, finding.numbers["whole"]) == ("warn", 12)
+    # Drilled on purpose.
+    finding = only(look(tiny_config(tmp_path, rows=rows * 2, **task), "sft", **FAST), "data.contamination")
+    assert (finding.level, finding.numbers["whole"]) == ("pass", 0)
+
+
+def test_texts_that_stand_again_are_met_by_chance():
+    assert asked_once(["2 + 2 =", "2  + 2 =", "17 * 23 =", "A b"]) == {"17 * 23 =", "a b"}
 
 
 def test_templates_are_no_contamination():

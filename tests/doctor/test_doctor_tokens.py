@@ -148,6 +148,22 @@ def test_padding_that_is_the_end_is_harmless_and_padding_that_is_no_end_is_not(t
     assert finding.remedy == "sampling.stop_token_ids = [2]"
 
 
+def test_no_remedy_is_an_empty_list(tmp_path: Path):
+    """The only stop token is a role's padding: what that role ends texts with, or in words."""
+    trapped = pair(tmp_path / "trapped", padded(END, END), padded(END, STOP))
+    config = tiny_config(trapped, rows=[{"prompt": "clips"}], sampling={"stop_token_ids": [0]})
+    assert only(look(config, **FAST), "tokens.padding").remedy == "sampling.stop_token_ids = [2]"
+    endless = bpe_tokenizer()
+    endless.pad_token, endless.eos_token = END, None
+    pair(tmp_path / "endless", padded(END, END), endless)
+    config = tiny_config(tmp_path / "endless", rows=[{"prompt": "clips"}], sampling={"stop_token_ids": [0]})
+    report = look(config, **FAST)
+    assert only(report, "tokens.padding").remedy.startswith("sampling.stop_token_ids = [...], tokens with which every")
+    assert only(report, "tokens.ends").remedy == 'write "eos_token_id" into its generation_config.json'
+    report = look(tiny_config(tmp_path / "endless", rows=[{"prompt": "clips"}]), **FAST)
+    assert "sampling.stop_token_ids = [0] " in only(report, "tokens.ends").remedy
+
+
 def with_begin(*, chat_template: str | None = None) -> Any:
     """A tokenizer that begins every text with START."""
     tokenizer = bpe_tokenizer(end=END)

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from understudy.backends.memory import is_out_of_memory
 from understudy.config import RunConfig
-from understudy.errors import UnderstudyError
+from understudy.errors import ConfigError, UnderstudyError, first_line
 from understudy.evaluation import EvalTask
 from understudy.preflight import Checked, Method, check_run, eval_task, grader_of, model_text
 from understudy.prompts import load_prompts
@@ -24,6 +25,20 @@ if TYPE_CHECKING:
 
 # Rows, and characters of them, that the form at the start of a run looks at: it must not keep anybody waiting.
 FAST_ROWS, FAST_CHARACTERS = 20_000, 4_000_000
+LESS_MEMORY = (
+    "optim.micro_batch_tokens = ..., student.gradient_checkpointing = true, [student.lora], or a teacher on a server"
+)
+
+
+def expected_error(error: Exception) -> UnderstudyError:
+    """``error`` as something to act on: one of ours, or lack of memory. Raises any other: it is a bug."""
+    if isinstance(error, UnderstudyError):
+        return error
+    if not is_out_of_memory(error):
+        raise error
+    return ConfigError(
+        "memory", got=first_line(error), expected="room for the models and a small step", remedy=LESS_MEMORY
+    )
 
 
 @dataclass(frozen=True)
@@ -47,8 +62,8 @@ class Case:
         if name not in self._known:
             try:
                 self._known[name] = make()
-            except UnderstudyError as error:
-                self._known[name] = error
+            except Exception as error:
+                self._known[name] = expected_error(error)
         found = self._known[name]
         if isinstance(found, UnderstudyError):
             raise found

@@ -9,9 +9,10 @@ from contextlib import closing
 from understudy.assembly import Given
 from understudy.config import RunConfig
 from understudy.doctor import configuration, data, fit, resources, teachers, templates, tokens
-from understudy.doctor.case import Case
+from understudy.doctor.case import Case, expected_error
 from understudy.doctor.findings import Check, Finding, Found, Report
-from understudy.errors import ConfigError, RunError, UnderstudyError
+from understudy.errors import ConfigError, UnderstudyError
+from understudy.live.frame import printable
 from understudy.preflight import Checked, Method
 from understudy.types import TrainingExample
 
@@ -39,7 +40,8 @@ def diagnose(
     fast: bool = False,
     progress: Callable[[str], object] = lambda name: None,
 ) -> Report:
-    """Look at everything that can be looked at. A check that finds an error is a finding, and hides no other check.
+    """Look at everything that can be looked at. A check that finds an error is a finding, and hides no other check, but
+    for those that need weights where there is no memory for them.
 
     ``given``: parts that a caller brings instead of the configured ones. ``fast``: without weights, in a second.
     ``progress`` is told which check runs. Nothing is written; the student's weights change in memory alone.
@@ -48,17 +50,25 @@ def diagnose(
     findings: list[Finding] = []
     not_run: dict[str, str] = {}
     told: dict[str, str] = {}
+    closed: str | None = None  # the gate that has failed
     with closing(case):
         for check in _chosen(method, fast):
+            if check.weights and closed:
+                not_run[check.name] = f"see {closed}"
+                continue
             progress(check.name)
             try:
-                findings += [_finding(check, found) for found in check.run(case)]
-            except (ConfigError, RunError) as error:
-                if str(error) in told:  # what one check has said, others need not repeat
-                    not_run[check.name] = f"see {told[str(error)]}"
+                for found in check.run(case):
+                    findings.append(_finding(check, found))
+            except Exception as error:
+                said = expected_error(error)
+                if str(said) in told:  # what one check has said, others need not repeat
+                    not_run[check.name] = f"see {told[str(said)]}"
                     continue
-                told[str(error)] = check.name
-                findings.append(_failure(check, error))
+                told[str(said)] = check.name
+                findings.append(_failure(check, said))
+            if check.gate and any(finding.check == check.name and finding.level == "fail" for finding in findings):
+                closed = check.name
     return Report(method, findings, not_run)
 
 
@@ -103,12 +113,17 @@ def _of_method(config: RunConfig, method: Method) -> RunConfig:
 
 def _finding(check: Check, found: Found) -> Finding:
     remedy = "" if found.level == "pass" else check.remedy if found.remedy is None else found.remedy
-    return Finding(check.name, found.level, found.evidence, check.why, remedy, found.numbers)
+    return Finding(check.name, found.level, _printable(found.evidence), check.why, _printable(remedy), found.numbers)
 
 
 def _failure(check: Check, error: UnderstudyError) -> Finding:
     numbers = {"error": str(error)}
     if isinstance(error, ConfigError):
         evidence = f"{error.where}: got {error.got}; expected {error.expected}"
-        return Finding(check.name, "fail", evidence, check.why, error.remedy, numbers)
-    return Finding(check.name, "fail", str(error), check.why, check.remedy, numbers)
+        return Finding(check.name, "fail", _printable(evidence), check.why, _printable(error.remedy), numbers)
+    return Finding(check.name, "fail", _printable(str(error)), check.why, check.remedy, numbers)
+
+
+def _printable(text: str) -> str:
+    """Line by line: what rows, tokens and models say must not reach a terminal as a command."""
+    return "\n".join(map(printable, text.split("\n")))

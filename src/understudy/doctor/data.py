@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from understudy.config import EvalTaskConfig, RowsConfig
 from understudy.doctor.case import FAST_CHARACTERS, FAST_ROWS
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 MAX_LEFT_OUT = 0.1
 # Rows of `sft` may be repeated on purpose, to weigh them; a file that was written twice is half repeats.
 MAX_REPEATS = {"distill": 0.1, "rl": 0.1, "sft": 0.5}
-# Words in a row that two texts share by chance only when they are made alike. Shorter texts cannot be judged by it.
+# Words in a row that two texts share by chance only when they are made alike. Shorter texts are compared whole, and
+# some are met by chance.
 NGRAM = 13
-MAX_CONTAMINATED = 0.01
+MAX_CONTAMINATED, MAX_WHOLE = 0.01, 0.1
 # What so many problems and rows hold is a template, not a problem.
 _BOILERPLATE, _TEMPLATE_PROBLEMS = 0.05, 3
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
@@ -87,7 +88,7 @@ def duplicates(case: Case) -> Iterator[Found]:
         yield Found("pass", evidence, numbers)
         return
     key, count = counts.most_common(1)[0]
-    yield Found("warn", f"{evidence}\n{count} times: {str(key)[:200]}", numbers)
+    yield Found("warn", f"{evidence}\n{count} times: {key[:200]!r}", numbers)
 
 
 def _keys(case: Case) -> list[str]:
@@ -105,6 +106,7 @@ def contamination(case: Case) -> Iterator[Found]:
     training = _training_texts(case)
     if not training:
         return
+    once = asked_once(question for _, question in training)
     for task in case.tasks:
         if _same_source(case.config.prompts, task.config):
             evidence = f"task {task.config.name} reads the rows that are trained on: {task.config.path}"
@@ -112,29 +114,34 @@ def contamination(case: Case) -> Iterator[Found]:
             continue
         problems = without_template([_words(prompt.text) for prompt in task.prompts])
         long = [i for i, words in enumerate(problems) if len(words) >= NGRAM]
-        seen = seen_grams([problems[i] for i in long], training)
+        seen = seen_grams([problems[i] for i in long], (text for text, _ in training))
         hit = [i for i in long if seen & set(_grams(problems[i]))]
-        share = len(hit) / len(problems)
+        whole = [i for i, words in enumerate(problems) if len(words) < NGRAM and folded(task.prompts[i].text) in once]
+        share, whole_share = len(hit) / len(problems), len(whole) / len(problems)
         numbers = {
             "task": task.config.name,
             "problems": len(problems),
             "long": len(long),
             "seen": len(hit),
             "share": share,
+            "whole": len(whole),
+            "whole_share": whole_share,
         }
         evidence = (
             f"task {task.config.name}: {len(hit)} of {len(problems)} problems share {NGRAM} words in a row with one of "
-            f"{len(training)} training rows" + _short(len(problems) - len(long))
+            f"{len(training)} training rows" + _short(len(whole), len(problems) - len(long))
         )
-        if share <= MAX_CONTAMINATED:
+        if share > MAX_CONTAMINATED:
+            gram = next(gram for gram in _grams(problems[hit[0]]) if gram in seen)
+            yield Found("warn", f"{evidence}\n{' '.join(gram)!r}", numbers)
+        elif whole_share > MAX_WHOLE:
+            yield Found("warn", f"{evidence}\n{task.prompts[whole[0]].text[:200]!r}", numbers)
+        else:
             yield Found("pass", evidence, numbers)
-            continue
-        gram = next(gram for gram in _grams(problems[hit[0]]) if gram in seen)
-        yield Found("warn", f"{evidence}\n{' '.join(gram)!r}", numbers)
 
 
-def _short(count: int) -> str:
-    return f"; {count} shorter ones cannot be judged" if count else ""
+def _short(whole: int, count: int) -> str:
+    return f"; {whole} of {count} shorter ones are what one row asks, word for word" if count else ""
 
 
 def _same_source(rows: RowsConfig | None, task: EvalTaskConfig) -> bool:
@@ -142,12 +149,16 @@ def _same_source(rows: RowsConfig | None, task: EvalTaskConfig) -> bool:
     return rows is not None and all(getattr(rows, key) == getattr(task, key) for key in keys)
 
 
-def _training_texts(case: Case) -> list[str]:
-    texts = [prompt.text for prompt in case.prompts] if case.on_policy else [_text(row.values) for row in case.rows]
+def _training_texts(case: Case) -> list[tuple[str, str]]:
+    """(all of its text, what it asks) of each row."""
+    if case.on_policy:
+        texts = [(prompt.text, prompt.text) for prompt in case.prompts]
+    else:
+        texts = [(_text(row.values), _question(row.values)) for row in case.rows]
     if not case.fast:
         return texts
-    before = accumulate(map(len, texts), initial=0)
-    return [text for text, place in zip(texts[:FAST_ROWS], before, strict=False) if place < FAST_CHARACTERS]
+    before = accumulate((len(text) for text, _ in texts), initial=0)
+    return [pair for pair, place in zip(texts[:FAST_ROWS], before, strict=False) if place < FAST_CHARACTERS]
 
 
 def _text(values: object) -> str:
@@ -157,6 +168,26 @@ def _text(values: object) -> str:
     if isinstance(values, dict):
         return "\n".join(_text(values.get(key)) for key in ("messages", "prompt", "text", "content", "completion"))
     return "\n".join(map(_text, values)) if isinstance(values, list) else ""
+
+
+def _question(values: Mapping[str, Any]) -> str:
+    """What a row of `sft` asks: a chat's last message of the user."""
+    messages = values.get("messages")
+    if not isinstance(messages, list):
+        return _text(values.get("prompt"))
+    asked = [m for m in messages if isinstance(m, dict) and m.get("role") == "user"]
+    return _text(asked[-1].get("content")) if asked else ""
+
+
+def asked_once(questions: Iterable[str]) -> set[str]:
+    """The questions that stand once among the rows. What stands there again is drilled on purpose, or one of few
+    possible texts ("2 + 2 ="), which an evaluation has by chance."""
+    return {question for question, count in Counter(map(folded, questions)).items() if count == 1}
+
+
+def folded(text: str) -> str:
+    """In small letters, blanks folded. Signs stay: "2 + 2" is not "2 - 2"."""
+    return " ".join(text.lower().split())
 
 
 def _words(text: str) -> list[str]:
@@ -227,7 +258,8 @@ CHECKS = (
         "data.contamination",
         contamination,
         f"warns where more than {MAX_CONTAMINATED:.0%} of a task's problems share {NGRAM} words in a row with a "
-        "training row, or the task reads the training rows themselves",
+        f"training row, more than {MAX_WHOLE:.0%} are shorter and word for word what one row (and no second one) asks, "
+        "or the task reads the training rows themselves",
         "accuracy on problems that were trained on says nothing about others",
         "take these problems out of the training rows, or evaluate on others",
         fast=True,

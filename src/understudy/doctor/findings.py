@@ -26,7 +26,8 @@ class Found:
 @dataclass(frozen=True)
 class Check:
     """One thing that is looked at. ``weights``: only once the models are loaded; ``fast``: also at the start of every
-    training command. ``threshold``: when it warns or fails, in words; ``why`` that matters, ``remedy`` what helps."""
+    training command. ``threshold``: when it warns or fails, in words; ``why`` that matters, ``remedy`` what helps.
+    ``gate``: where it fails, no weights are loaded."""
 
     name: str
     run: Callable[[Case], Iterator[Found]]
@@ -35,6 +36,7 @@ class Check:
     remedy: str
     fast: bool = False
     weights: bool = False
+    gate: bool = False
     methods: frozenset[str] = frozenset({"distill", "rl", "sft"})
 
 

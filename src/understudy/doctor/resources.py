@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from understudy.doctor.case import LESS_MEMORY, Case
 from understudy.doctor.findings import Check, Found
 
 if TYPE_CHECKING:
     from understudy.assembly import Parts
     from understudy.config_base import ModelConfig
     from understudy.config_plan import PlanConfig
-    from understudy.doctor.case import Case
-    from understudy.types import TrainingExample
+    from understudy.costs import CostLedger
+    from understudy.tasks import Grade, Grader
+    from understudy.types import FinishReason, Prompt, TrainingExample
 
 # Float32 weights with AdamW's two moments.
 _SINGLE, _MOMENTS = 4, 8
@@ -22,6 +26,8 @@ _SINGLE, _MOMENTS = 4, 8
 _REST = 50e6
 # A step of the probe: enough prompts to say what one costs, few enough not to wait for it.
 _PROBE_PROMPTS, _PROBE_EXAMPLES = 8, 16
+# What a step does once, however many prompts it has.
+_ONCE = frozenset({"weight_sync"})
 
 
 def disk(case: Case) -> Iterator[Found]:
@@ -171,7 +177,9 @@ def steps(case: Case) -> Iterator[Found]:
         role: {k: v - before.get(role, {}).get(k, 0.0) for k, v in own.items()} for role, own in _amounts(case).items()
     }
     scale, count = full / size, parts.config.optim.num_steps
-    seconds = {role: scale * own["seconds"] for role, own in spent.items() if own["tokens"] > 0}
+    seconds = {
+        role: own["seconds"] * (1 if role in _ONCE else scale) for role, own in spent.items() if own["seconds"] > 0
+    }
     flops = scale * sum(own["flops"] for own in spent.values())
     step = sum(seconds.values())
     hours = step * count / 3600
@@ -205,10 +213,24 @@ def _on_policy_step(case: Case, parts: Parts, size: int, step: int) -> None:
     from understudy.loop import sample, score
     from understudy.rollouts import step_seed
 
+    if parts.grader is not None:
+        parts = replace(parts, grader=_timed(parts.grader, case.costs))
     rollouts = sample(parts, parts.prompts_at(step)[:size], seed=step_seed(parts.config.seed, step))
     _, examples = score(parts, rollouts)
     _update(parts, examples, parts.objective, step)
     parts.sampler.set_policy_version(step + 1)
+
+
+def _timed(grader: Grader, costs: CostLedger) -> Grader:
+    """``grader``, with its seconds on the ledger: a run's own leaves them out."""
+
+    def grade(prompt: Prompt, completion: str, finish_reason: FinishReason) -> float | Grade:
+        start = time.perf_counter()
+        given = grader(prompt, completion, finish_reason)
+        costs.add("grading", tokens=0, flops=0.0, seconds=time.perf_counter() - start)
+        return given
+
+    return grade
 
 
 def _supervised_step(case: Case, parts: Parts, size: int, step: int) -> None:
@@ -239,10 +261,11 @@ CHECKS = (
     Check(
         "resources.memory",
         memory,
-        "warns above 70% of the memory that is free, fails above all of it; an estimate from the models' sizes",
+        "warns above 70% of the memory that is free, fails above all of it, and then no weights are loaded; an "
+        "estimate from the models' sizes",
         "memory that runs out in the first long batch ends the run hours later than it could have been known",
-        "optim.micro_batch_tokens = ..., student.gradient_checkpointing = true, [student.lora], or a teacher "
-        "on a server",
+        LESS_MEMORY,
+        gate=True,
     ),
     Check(
         "resources.steps",

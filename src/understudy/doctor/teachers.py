@@ -284,7 +284,7 @@ CHECKS = (
         "teachers.own",
         own_teacher,
         f"warns above {MAX_SELF_KL:g} nats a token of reverse KL where teacher and student are one model, fails above "
-        f"{MAX_NOISE:g}",
+        f"{MAX_NOISE:g}; a served teacher is left out, for its url alone does not say whose weights it has",
         "at teacher = student nothing is left to learn: what remains is an error of the plumbing, and would be "
         "trained on",
         'teacher.dtype = "auto", which scores a teacher of the student\'s shape as the student is trained',

@@ -30,6 +30,7 @@ PROBES = (
     "\\frac{a}{b} = \\sqrt{2} <b>&amp;</b>",
 )
 _TEXTS = 32  # of the run's own rows
+_NO_END = 'write "eos_token_id" into its generation_config.json'
 _Ends = Mapping[str, frozenset[int]]
 
 
@@ -159,7 +160,7 @@ def ends(case: Case) -> Iterator[Found]:
             return
         if role != "student" and not stop_ids & text.end_ids:
             evidence = f"{said}; {role} never ends a text so, but with {_named(text, text.end_ids)}\n{listed}"
-            remedy = f"sampling.stop_token_ids = {sorted(stop_ids | text.end_ids)}"
+            remedy = f"sampling.stop_token_ids = {sorted(stop_ids | text.end_ids)}" if text.end_ids else _NO_END
             yield Found("warn", evidence, numbers, remedy)
             return
     yield Found("pass", f"{said}\n{listed}", numbers)
@@ -222,7 +223,9 @@ def padding(case: Case) -> Iterator[Found]:
             f"{_named(text, frozenset([pad]))} ends completions and is only padding to {role}, which ends texts with "
             f"{_named(text, text.end_ids)}"
         )
-        yield Found("warn", evidence, numbers, f"sampling.stop_token_ids = {sorted(case.stop_ids - {pad})}")
+        trap = set(trapped.values())
+        better = sorted(case.stop_ids - trap or text.end_ids - trap)
+        yield Found("warn", evidence, numbers, f"sampling.stop_token_ids = {better}" if better else None)
         return
     same = sorted(role for role, pad in pads.items() if pad in case.stop_ids)
     listed = ", ".join(f"{role} {_named(case.texts[role], _as_set(pad))}" for role, pad in pads.items())
@@ -324,7 +327,7 @@ CHECKS = (
         padding,
         "warns when a stop token is a role's padding and not one of its end tokens",
         "what a model only knows as padding it never writes, and its marks there are noise",
-        "sampling.stop_token_ids = [...] without the padding token",
+        "sampling.stop_token_ids = [...], tokens with which every role ends its texts, without the padding token",
         fast=True,
     ),
     Check(
