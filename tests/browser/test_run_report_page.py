@@ -96,6 +96,12 @@ def test_nothing_is_wider_than_a_phone_and_its_type_can_be_read(
         }))"""
     )
     assert smallest >= 7.5  # of 11 pixels, in charts as wide as the screen
+    beyond = page.evaluate(
+        """[...document.querySelectorAll('svg.chart text')].filter((text) =>
+          text.getBoundingClientRect().right > text.closest('svg').getBoundingClientRect().right + 1,
+        ).map((text) => text.textContent)"""
+    )
+    assert beyond == []
 
 
 @pytest.mark.parametrize("name", NAMES)

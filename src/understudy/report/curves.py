@@ -254,7 +254,7 @@ def _banded(made: Sequence[tuple[str, Series]]) -> tuple[tuple[Series, ...], str
             kinds += [NOISE] if band and any(band) else []
             line = Series(line.name, line.points, band=band)
         lines.append(line)
-    return tuple(lines), " or, where unknown, ".join(kind for kind in (ERROR, NOISE) if kind in kinds)
+    return tuple(lines), ", else ".join(kind for kind in (ERROR, NOISE) if kind in kinds)
 
 
 def noise_band(values: Sequence[float]) -> list[tuple[float, float] | None]:
