@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import math
 import random
+import string
+import zlib
+from collections.abc import Mapping
 from typing import Any
 
 NUM_TOKENS = 256
+PROMPT_WORDS = 150
 
 
 def big_rollouts(count: int, *, alternatives: bool = True) -> list[dict[str, Any]]:
     """``count`` rollouts of 256 tokens from a vocabulary of 3,000 words, common ones more often; every number that a
-    page can show, and five alternatives of both models unless they are left out."""
+    page can show, and five alternatives of both models unless they are left out. Each answers a prompt of its own, of
+    150 words of random letters, which no packing makes shorter than their letters' entropy."""
     draw = random.Random(0)
     words = [f" w{i}" for i in range(3000)]
     return [_rollout(draw, words, number, alternatives) for number in range(count)]
+
+
+def unpacked(block: Mapping[str, Any]) -> Any:
+    """What a page's script reads of a block of JSON."""
+    return json.loads(zlib.decompress(base64.b64decode(block["bytes"])))
 
 
 def _rollout(draw: random.Random, words: list[str], number: int, alternatives: bool) -> dict[str, Any]:
@@ -28,7 +40,8 @@ def _rollout(draw: random.Random, words: list[str], number: int, alternatives: b
         "prompt_index": number,
         "sample_index": 0,
         "task": "sums",
-        "prompt_text": "What do they say of this? " * 8 + str(number),
+        "prompt_text": f"{' '.join(_word(draw) for _ in range(PROMPT_WORDS))}. What do they say of this? {number}",
+        "prompt_ids": [draw.randrange(len(words)) for _ in range(PROMPT_WORDS)],
         "completion_text": "".join(tokens),
         "completion_ids": ids,
         "completion_tokens": tokens,
@@ -45,6 +58,10 @@ def _rollout(draw: random.Random, words: list[str], number: int, alternatives: b
         made["teacher_topk"] = _topk(draw, words, ids, teacher)
         made["student_topk"] = _topk(draw, words, ids, student)
     return made
+
+
+def _word(draw: random.Random) -> str:
+    return "".join(draw.choices(string.ascii_lowercase, k=draw.randint(2, 9)))
 
 
 def _topk(draw: random.Random, words: list[str], ids: list[int], logprobs: list[float]) -> dict[str, Any]:

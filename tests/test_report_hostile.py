@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from big_pages import unpacked
 from hostile import PAGES, TEXTS, credit_page, run_page
 from understudy.report.tokens import visible_text
 
@@ -175,7 +176,8 @@ def test_the_page_of_token_credit_has_them_too(tmp_path: Path) -> None:
     page = parse(credit_page(tmp_path).read_text(encoding="utf-8"))
     rollouts, packed = (json.loads(block) for block in page.texts["data"])
     assert set(TEXTS) <= set(packed["texts"])
-    assert rollouts["prompts"] == ["\n".join(TEXTS)]
+    rollouts = unpacked(rollouts)
+    assert [prompt["prompt_text"] for prompt in rollouts["prompts"]] == ["\n".join(TEXTS)]
     assert {row["finish"] for row in rollouts["rollouts"]} == {TEXTS[4]}
     assert packed["notes"][1] == {str(i): text for i, text in enumerate(TEXTS)}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from big_pages import unpacked
 from user import bpe_tokenizer, run_cli, save_model, tree, word_tokenizer, write_rows, write_toml
 
 Printed = pytest.CaptureFixture[str]
@@ -29,7 +30,7 @@ def content(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     html = path.read_text(encoding="utf-8")
     found = re.findall(r'<script type="application/json" id="[\w-]+">(.*?)</script>', html, re.DOTALL)
     rollouts, data = (json.loads(block) for block in found)
-    return rollouts, data
+    return unpacked(rollouts), data
 
 
 def test_prompts_are_answered_and_marked(
@@ -41,7 +42,10 @@ def test_prompts_are_answered_and_marked(
     assert run_cli(monkeypatch, "score", *arguments, *prompts, "--max-completion-tokens", 6, "--output", page) == 0
     assert capsys.readouterr().out.strip() == str(page)
     rollouts, data = content(page)
-    assert rollouts["prompts"] == ["How many?", "- Weng?"]
+    assert [prompt["prompt_text"] for prompt in rollouts["prompts"]] == ["How many?", "- Weng?"]
+    assert [prompt["prompt_ids"] for prompt in rollouts["prompts"]] == [
+        bpe_tokenizer()(prompt)["input_ids"] for prompt in ("How many?", "- Weng?")
+    ]
     assert [row["label"] for row in rollouts["rollouts"]] == ["sample 0", "sample 1"] * 2
     assert all(row["kl"] is not None for row in rollouts["rollouts"])
     assert all(1 <= length <= 6 for length in data["lengths"])
@@ -91,6 +95,18 @@ def test_a_dump_needs_no_model_for_its_numbers_and_takes_a_tokenizer_for_its_tex
     assert run_cli(monkeypatch, "score", "--text", file, "--output", page, *words) == 0
     tokenizer = bpe_tokenizer()
     assert content(page)[1]["texts"] == [tokenizer.decode([40]), tokenizer.decode([41])]
+
+
+def test_an_empty_completion_needs_no_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a page exports one; other rollouts of its file are shown beside it."""
+    empty: dict[str, Any] = {"completion_ids": [], "sampler_logprobs": [], "teacher_logprobs": []}
+    marked = {"completion_ids": [7, 8], "sampler_logprobs": [-1.0, -1.0], "teacher_logprobs": [-2.0, -1.0]}
+    rows = [empty, marked, {"completion_tokens": []}]
+    file, page = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "page.html"
+    assert run_cli(monkeypatch, "score", "--text", file, "--output", page) == 0
+    rollouts, data = content(page)
+    assert data["lengths"] == [0, 2, 0]
+    assert [row["kl"] for row in rollouts["rollouts"]] == [None, 0.5, None]
 
 
 def test_a_runs_rollouts_and_two_steps_side_by_side(
@@ -143,6 +159,11 @@ def test_two_files_side_by_side_are_marked_by_one_teacher(
     rollouts, data = content(tmp_path / "page.html")
     assert [row["label"] for row in rollouts["rollouts"]] == ["a.jsonl", "b.jsonl"] * 2
     assert {"student", "teacher", "best_code"} <= set(data["columns"])
+    assert "1 rollouts have no partner" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    twice = [{"prompt_index": 0, "prompt": "How many?", "completion": text} for text in (" 7", " 8", " 9")]
+    files = [write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", twice), ("b", twice[:2]))]
+    assert run_cli(monkeypatch, "score", "--compare", *files, *arguments) == 0
+    assert [row["unit"] for row in content(tmp_path / "page.html")[0]["rollouts"]] == [0, 0, 1, 1]
     assert "1 rollouts have no partner" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 

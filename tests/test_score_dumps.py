@@ -186,6 +186,13 @@ def test_prime_rl() -> None:
     }
 
 
+def test_prime_rl_teachers_that_are_null_leave_the_reference() -> None:
+    [record] = READERS["prime-rl"](PRIME_RL_SAMPLE | {"teacher_logprobs": None})
+    assert record["teacher_logprobs"] == [-1.1, -1.2]
+    [record] = READERS["prime-rl"](PRIME_RL_SAMPLE | {"teacher_logprobs": [-3.0, -4.0]})
+    assert record["teacher_logprobs"] == [-3.0, -4.0]
+
+
 def test_tinker_targets_are_shifted_back() -> None:
     [record] = READERS["tinker"](TINKER_DATUM)
     assert record == {
@@ -265,6 +272,26 @@ def test_a_file_that_could_run_code_is_refused(tmp_path: Path) -> None:
         ('{"completion": 5}\n', r"completion_text = 5(.|\n)*string"),
         ('{"completion": "A", "messages": "Q"}\n', r"messages = 'Q'(.|\n)*list"),
         ('{"completion_ids": [1], "reward": "good"}\n', r"reward = 'good'(.|\n)*number"),
+        ('{"completion_ids": [1], "answer": NaN}\n', r"answer\.float = nan(.|\n)*finite number"),
+        ('{"completion_ids": [1], "task": ["a"]}\n', r"task = \['a'\](.|\n)*string"),
+        ('{"completion_ids": [1], "step": ["a"]}\n', r"step\.int = \['a'\](.|\n)*integer"),
+        ('{"completion_ids": [1], "prompt_index": NaN}\n', r"prompt_index\.int = nan(.|\n)*integer"),
+        ('{"completion_ids": [1], "sample_index": {}}\n', r"sample_index\.int = \{\}(.|\n)*integer"),
+        ('{"completion": "A", "messages": [{"content": Infinity}]}\n', r"messages\.0(.|\n)* = inf(.|\n)*finite"),
+        (
+            '{"completion_ids": [1, 2], "sampler_logprobs": [-0.1, 800]}\n',
+            r"800 among its sampler_logprobs(.|\n)*negative log-likelihoods(.|\n)*turn their sign",
+        ),
+        ('{"completion_ids": [1], "teacher_logprobs": [0.0011]}\n', "0.0011 among its teacher_logprobs"),
+        ('{"completion_ids": [1], "trainer_logprobs": [Infinity]}\n', "inf among its trainer_logprobs"),
+        (
+            '{"completion_ids": [1], "teacher_topk": {"ids": [[4, 5]], "logprobs": [[null, 0.5]]}}\n',
+            r"0\.5 among its teacher_topk\.logprobs",
+        ),
+        (
+            '{"prompts": [[1]], "responses": [[2, 3]], "old_log_probs": [[0.5, 0.0]], "teacher_log_probs": [[-1, -1]]}',
+            r"0\.5 among its sampler_logprobs",
+        ),
         ('{"completion_ids": [1], "teacher_topk": {"tokens": [["a"]]}}\n', r"logprobs(.|\n)*required"),
         ('{"completion_ids": [1], "teacher_topk": {"logprobs": [[-1.0]]}}\n', r"teacher_topk(.|\n)*1 logprobs"),
         (
@@ -298,6 +325,14 @@ def test_what_python_and_some_editors_write_is_read(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_bytes(b'{"completion": "\xff"}')
     with pytest.raises(ConfigError, match=r"b\.jsonl(.|\n)*UTF-8"):
         read_file(tmp_path / "b.jsonl")
+
+
+def test_null_is_absent_and_rounding_is_no_fault(tmp_path: Path) -> None:
+    values = {"completion_ids": [1, 2], "sampler_logprobs": None, "teacher_logprobs": [0.001, None], "task": None}
+    [record] = read_file(write(tmp_path / "a.jsonl", values | {"prompt_index": None, "step": "7", "answer": [4, "x"]}))
+    assert record == {
+        "completion_ids": [1, 2], "teacher_logprobs": [0.001, None], "prompt_index": 0, "step": "7", "answer": [4, "x"]
+    }  # fmt: skip
 
 
 def test_runs_and_their_steps(tmp_path: Path) -> None:

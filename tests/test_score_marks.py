@@ -78,7 +78,10 @@ def test_the_moment_of_writing_keeps_its_numbers_and_the_teacher_its_prompt(text
     student, teacher = (teacher_of(tiny_model(vocab_size=300, seed=seed)) for seed in (0, 1))
     record = complete({"prompt_ids": [5, 6], "completion_ids": [7, 8], "prompt_text": "", "completion_text": "x"}, text)
     given = record | {"sampler_logprobs": [-1.0, -2.0], "teacher_prompt_ids": [9]}
-    kept, new = with_marks([given, record], text, student=student, teacher=teacher, topk=2)
+    kept, new, null = with_marks(
+        [given, record, record | {"sampler_logprobs": None}], text, student=student, teacher=teacher, topk=2
+    )
+    assert null == new
     assert kept["sampler_logprobs"] == [-1.0, -2.0]
     assert new["sampler_logprobs"] == pytest.approx(student.compute_logprobs([TokenSequence([5, 6], [7, 8])])[0])
     assert kept["teacher_logprobs"] == pytest.approx(teacher.compute_logprobs([TokenSequence([9], [7, 8])])[0])

@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import re
+import unicodedata
 import zlib
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from big_pages import big_rollouts
+from big_pages import big_rollouts, unpacked
 from understudy.report.credit_data import (
     INFINITE,
     MIN_ALTERNATIVE_LOGPROB,
@@ -25,7 +26,8 @@ from understudy.report.credit_data import (
     reverse_kl,
 )
 from understudy.report.credit_page import CreditUnit, counted, pair_units, position_curve, write_credit_page
-from understudy.report.token_text import BytePiece, align, visible_text
+from understudy.report.token_text import BytePiece, align, token_name, visible_text
+from understudy.report.tokens import piece_text
 
 
 def rollout(tokens: list[str], **changes: Any) -> dict[str, Any]:
@@ -50,10 +52,15 @@ def columns(form: dict[str, Any]) -> dict[str, list[Any]]:
     whole = base64.b64decode(form["bytes"])
     whole = zlib.decompress(whole) if form["packing"] == "deflate" else whole
     kinds = {"u1": "<u1", "u2": "<u2", "u4": "<u4", "f4": "<f4"}
-    return {
-        name: np.frombuffer(whole, dtype=kinds[kind], count=entries, offset=start).tolist()
-        for name, (kind, start, entries) in form["columns"].items()
-    }
+    found = {}
+    for name, (kind, start, entries) in form["columns"].items():
+        planes = np.frombuffer(whole, dtype="u1", count=int(kind[1]) * entries, offset=start)
+        found[name] = planes.reshape(-1, entries).T.copy().view(kinds[kind])[:, 0].tolist() if entries else []
+    if {"student", "trainer"} <= found.keys():
+        found["trainer"] = [
+            (one + other) % 65536 for one, other in zip(found["trainer"], found["student"], strict=True)
+        ]
+    return found
 
 
 # The packed form
@@ -101,11 +108,24 @@ def test_alternatives_are_exact_to_a_percent_and_the_unlikely_to_three() -> None
     assert alternative_logprob(alternative_code(MIN_ALTERNATIVE_LOGPROB)) == pytest.approx(math.log(5e-4))
 
 
-def test_wide_columns_start_at_multiples_of_their_width() -> None:
-    """A browser's typed arrays refuse anything else."""
-    form = pack([rollout(["a", "b", "c"], advantages=[1.0, 2.0, 3.0], loss_mask=[True, True, False])], compress=False)
-    assert {kind for kind, _, _ in form["columns"].values()} == {"f4", "u2", "u1"}
-    assert all(start % int(kind[1]) == 0 for kind, start, _ in form["columns"].values())
+def test_columns_stand_in_planes_of_bytes() -> None:
+    """500, 500 and 1,500 thousandths are 0x01F4, 0x01F4 and 0x05DC: the low bytes first, then the high ones."""
+    form = pack([rollout(["a", "b", "c"], sampler_logprobs=[-0.5, -0.5, -1.5])], compress=False)
+    kind, start, entries = form["columns"]["student"]
+    assert (kind, entries) == ("u2", 3)
+    assert base64.b64decode(form["bytes"])[start : start + 6] == bytes([0xF4, 0xF4, 0xDC, 1, 1, 5])
+
+
+def test_the_trainers_numbers_are_kept_as_what_they_add_to_the_students() -> None:
+    one = rollout(
+        ["a", "b", "c", "d"], sampler_logprobs=[-0.5, -0.501, None, -0.5], trainer_logprobs=[-0.501, -0.5, -0.5, None]
+    )
+    form = pack([one], compress=False)
+    _, start, entries = form["columns"]["trainer"]
+    planes = np.frombuffer(base64.b64decode(form["bytes"]), "u1", 2 * entries, start).reshape(2, -1)
+    assert (planes[0] + 256 * planes[1].astype(int)).tolist() == [1, 65535, 501, 65035]
+    assert columns(form)["trainer"] == [501, 500, 500, UNKNOWN]
+    assert columns(pack([one | {"sampler_logprobs": None}]))["trainer"] == [501, 500, 500, UNKNOWN]
 
 
 def test_tokens_beyond_two_bytes() -> None:
@@ -158,6 +178,67 @@ def test_tokens_that_do_not_make_the_text_are_all_kept() -> None:
     """A tokenizer that mends spaces when it decodes: what is copied comes from the tokens then."""
     assert align(["it", " 's", " on", "<eos>"], "it's on").left_out == []
     assert visible_text("\ud800") == "⟨U+D800⟩"
+
+
+def test_blanks_of_every_width_are_visible() -> None:
+    """A page that printed them would show two tokens alike."""
+    blanks = [chr(code) for code in range(0x10000) if unicodedata.category(chr(code)) == "Zs"]
+    assert len(blanks) == 17
+    assert [token_name(f"{blank}yes") for blank in ("\u00a0", "\u3000", " ", "")] == [
+        "⟨U+00A0⟩yes", "⟨U+3000⟩yes", "␣yes", "yes"
+    ]  # fmt: skip
+    assert not any(blank in token_name(f"{blank}yes") for blank in blanks)
+    assert visible_text("a\u2009b c") == "a⟨U+2009⟩b c"
+
+
+# Tokens of bytes
+
+
+def pieces(tokens: list[str], text: str) -> list[tuple[str, int]]:
+    """The characters of tokens of bytes, in order, and how many tokens each has."""
+    found = align(tokens, text).pieces
+    return [(piece.characters, piece.parts) for _, piece in sorted(found.items()) if piece.part == 1]
+
+
+def test_every_character_has_its_own_bytes() -> None:
+    from user import bpe_tokenizer
+
+    tokenizer = bpe_tokenizer()
+    for text in ("你好世界", "你\u3000好", "\u3000你", "é🙂你", "你 好🙂 é"):
+        tokens = [tokenizer.decode([i]) for i in tokenizer(text)["input_ids"]]
+        expected = [(character, len(character.encode())) for character in text if character != " "]
+        assert pieces(tokens, text) == expected
+        assert rebuilt(tokens, text) == text
+
+
+def test_tokens_of_several_bytes_are_told_apart_where_only_one_way_fits() -> None:
+    # F0 9F 99 reads as one U+FFFD, and so does each byte that goes on with a character another token began.
+    assert pieces(["\ufffd"] * 4, "🙂🙃") == [("🙂", 2), ("🙃", 2)]
+    assert pieces(["\ufffd"] * 4, "你好") == [("你", 2), ("好", 2)]
+    # E4 | BD A0 and E5 | A5 BD.
+    assert pieces(["\ufffd", "\ufffd\ufffd"] * 2, "你好") == [("你", 2), ("好", 2)]
+    # A whole character and the first byte of the next are one token.
+    assert pieces(["\ufffd", "\ufffd", "好\ufffd", "\ufffd", "\ufffd"], "你好世") == [("你", 2), ("好世", 3)]
+
+
+def test_characters_whose_bytes_cannot_be_told_apart_stand_together() -> None:
+    assert pieces(["\ufffd"] * 5, "你好") == [("你好", 5)]  # 2 and 3, or 3 and 2
+    # E4 | BD A0 | E5 A5 | BD, or E4 BD | A0 E5 | A5 | BD.
+    assert pieces(["\ufffd", "\ufffd\ufffd", "\ufffd", "\ufffd"], "你好") == [("你好", 4)]
+    # Tokens that do not make these characters.
+    assert pieces(["\ufffd"] * 3, "你好") == [("你好", 3)]
+    assert pieces(["\ufffd"] * 2, "\ud800好") == [("\ud800好", 2)]
+
+
+def test_long_runs_of_bytes_take_no_long_time() -> None:
+    """Every token may be one or two bytes: far too many ways to try each."""
+    assert pieces(["\ufffd"] * 2500, "你" * 1000) == [("你" * 1000, 2500)]
+
+
+def test_characters_of_bytes_are_visible_too() -> None:
+    one = rollout(["\ufffd"] * 3, completion_text="\u202e")
+    assert pack([one])["pieces"][0]["0"] == ["\u202e", 1, 3, "⟨U+202E⟩"]
+    assert piece_text(BytePiece("\u3000", 1, 3)) == "⟨U+3000⟩⟨1/3⟩"
 
 
 MIXED = "sum: 🙂 שלום, 你好 👩‍👩‍👧 é.\n x🙂🙂 y"
@@ -226,8 +307,8 @@ def test_the_page_holds_rollouts_forks_and_the_curve(tmp_path: Path) -> None:
     html = path.read_text(encoding="utf-8")
     assert "A &lt;title&gt;" in html
     assert "One fact." in html
-    content = block(html, "rollouts")
-    assert content["prompts"] == ["2 + 2?"]
+    content = unpacked(block(html, "rollouts"))
+    assert content["prompts"] == [{"prompt_text": "2 + 2?"}]
     first, second = content["rollouts"]
     assert (first["kl"], first["reward"], first["finish"], first["prompt"]) == (1.0, 1.0, "stop", 0)
     assert (second["kl"], second["reward"], second["finish"]) == (None, None, "length")
@@ -236,6 +317,21 @@ def test_the_page_holds_rollouts_forks_and_the_curve(tmp_path: Path) -> None:
     assert re.findall(r'<a href="#(r\dt\d)">', html) == ["r0t2", "r0t1"]
     assert "Mean reverse KL by position" in html
     assert not re.search(r"<(link|img|iframe)\b|@import|url\(|<script src|https?://(?!www\.w3\.org)", html)
+
+
+def test_what_models_read_is_kept_for_each_prompt(tmp_path: Path) -> None:
+    """The text of a conversation is its last message's alone: marks made again need all of it."""
+    chat = {
+        "prompt_text": "And 3?",
+        "prompt_ids": [1, 2, 3],
+        "messages": [{"role": "user", "content": "2?"}, {"role": "user", "content": "And 3?"}],
+    }
+    others = [chat, chat | {"sample_index": 1}, chat | {"teacher_prompt_ids": [4]}, {"prompt_ids": None}]
+    units = [CreditUnit((rollout(["a"], **own),)) for own in others]
+    html = write_credit_page(units, tmp_path / "page.html", title="t").read_text(encoding="utf-8")
+    content = unpacked(block(html, "rollouts"))
+    assert content["prompts"] == [chat, chat | {"teacher_prompt_ids": [4]}, {"prompt_text": "2 + 2?"}]
+    assert [row["prompt"] for row in content["rollouts"]] == [0, 0, 1, 2]
 
 
 def test_the_curve_is_the_mean_at_each_position() -> None:
@@ -256,6 +352,13 @@ def test_pairs_answer_the_same_prompts_and_name_where_they_part() -> None:
     assert [unit.notes for unit in units] == [({1: "here the two part"},) * 2, ({2: "here the two part"},) * 2]
     same = pair_units(before[:1], [rollout(["a", "b"], prompt_index=0)])
     assert same[0].notes == ({}, {})
+
+
+def test_a_row_that_a_step_holds_twice_has_two_partners() -> None:
+    """As where one epoch ends and the next begins within a step, or rows are fewer than a batch."""
+    before, after = ([rollout(["a"], completion_ids=[own]) for own in ids] for ids in ([1, 2], [3, 4, 5]))
+    pairs = [[own["completion_ids"][0] for own in unit.rollouts] for unit in pair_units(before, after)]
+    assert pairs == [[1, 3], [2, 4]]
 
 
 def test_counted() -> None:

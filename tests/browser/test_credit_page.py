@@ -211,6 +211,22 @@ def test_the_export_reads_back(three: Path, visit: Visit, tmp_path: Path) -> Non
     assert len(json.loads(path.read_text(encoding="utf-8"))) == 1
 
 
+def test_the_export_keeps_what_models_read(tmp_path: Path, visit: Visit) -> None:
+    chat = {
+        "prompt_ids": [1, 2, 3],
+        "teacher_prompt_ids": [4, 5],
+        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Question 0?"}],
+    }
+    page = visit(one_page(tmp_path, rollout(0, ["a"], **chat), rollout(1, ["b"])))
+    with page.expect_download() as download:
+        page.locator("#export").click()
+    download.value.save_as(tmp_path / "credit.json")
+    first, second = read_file(tmp_path / "credit.json")
+    assert {name: first[name] for name in chat} == chat
+    assert [first["prompt_text"], second["prompt_text"]] == ["Question 0?", "Question 1?"]
+    assert not chat.keys() & second.keys()
+
+
 def test_hostile_texts_are_texts(tmp_path: Path, visit: Visit) -> None:
     """A dialog, an error or a request would fail the test."""
     evil = [

@@ -2,20 +2,22 @@
 
 One block serves one rollout beside its markup as well as a thousand on a page of their own; ``tokens.js`` reads both.
 
-    form        1
+    form        2
     texts, ids  the distinct tokens: text, and id where known
     shown       the text to print, of those whose own is invisible in part: {index: text}
     lengths     tokens per rollout
     notes       per rollout {position: note}
-    pieces      per rollout {position: [characters, part, parts]}: tokens that hold single bytes of characters
+    pieces      per rollout {position: [characters, part, parts, shown]}: tokens that hold single bytes of characters
     left_out    per rollout the positions that its text leaves out, as end tokens
-    columns     name -> [type, first byte, entries]: u1, u2, u4 (unsigned) or f4, little-endian
+    columns     name -> [type, first byte, entries]: u1, u2, u4 (unsigned) or f4; first the lowest byte of every
+                entry, then the next of every one: high bytes are much alike, and pack well side by side
     packing     "none" or "deflate" (zlib)
     bytes       all columns, packed, in base64
 
 Columns with one entry per token of all rollouts: ``token`` (index into texts), ``gap`` (0 nothing, 1 a space, 2 a line
 break before it), ``student``, ``teacher``, ``trainer``, ``entropy``, ``teacher_entropy`` (thousandths of a nat;
-log-probabilities with their sign turned), ``advantage``, ``trains``. ``best_count`` and ``own_count`` say how many
+log-probabilities with their sign turned; ``trainer`` is what it adds to a known ``student``, modulo 65,536: most often
+next to nothing), ``advantage``, ``trains``. ``best_count`` and ``own_count`` say how many
 alternatives of the teacher and of the student belong to a token; ``best_token``, ``best_code``, ``own_token`` and
 ``own_code`` list them one after the other.
 """
@@ -36,7 +38,7 @@ from understudy.report.token_text import Alignment, align, visible_text
 
 Row = Mapping[str, Any]
 
-FORM = 1
+FORM = 2
 # Codes of the two-byte columns for what has no number.
 INFINITE, UNKNOWN = 65534, 65535
 # An alternative less likely than this would print as 0.0 %.
@@ -133,7 +135,12 @@ def pack(
 def _alignment_json(alignments: Sequence[Alignment], lengths: Sequence[int]) -> dict[str, Any]:
     pairs = list(zip(alignments, lengths, strict=True))
     pieces = [
-        {str(i): [p.characters, p.part, p.parts] for i, p in one.pieces.items() if i < length} for one, length in pairs
+        {
+            str(i): [p.characters, p.part, p.parts, visible_text(p.characters)]
+            for i, p in one.pieces.items()
+            if i < length
+        }
+        for one, length in pairs
     ]
     left_out = [[i for i in one.left_out if i < length] for one, length in pairs]
     return ({"pieces": pieces} if any(pieces) else {}) | ({"left_out": left_out} if any(left_out) else {})
@@ -162,6 +169,8 @@ def _number_columns(rollouts: Sequence[Row], lengths: Sequence[int]) -> dict[str
         values = joined(field)
         if any(value is not None for value in values):
             columns[name] = _array([_code(value, factor) for value in values], "u2")
+    if {"student", "trainer"} <= columns.keys():
+        columns["trainer"] = columns["trainer"] - columns["student"]
     advantages = joined("advantages")
     if any(value is not None for value in advantages):
         columns["advantage"] = _short(_array([math.nan if v is None else v for v in advantages], "f4"))
@@ -243,36 +252,41 @@ def _array(values: Sequence[Any], kind: str) -> np.ndarray[Any, Any]:
 
 
 def _packed(columns: Mapping[str, np.ndarray[Any, Any]], num_tokens: int, compress: bool) -> dict[str, Any]:
-    """Columns one behind the other, wide ones first: a browser's arrays start at multiples of their width."""
+    """Columns one behind the other, each with its bytes in planes."""
     small = {
         name: column.astype("<u2") if name.endswith("token") and num_tokens <= UNKNOWN else column
         for name, column in columns.items()
     }
     index: dict[str, list[Any]] = {}
     parts: list[bytes] = []
-    for name, column in sorted(small.items(), key=lambda item: -item[1].itemsize):
+    for name, column in small.items():
         index[name] = [f"{column.dtype.kind}{column.dtype.itemsize}", sum(map(len, parts)), len(column)]
-        parts.append(column.tobytes())
-    whole = b"".join(parts)
+        parts.append(column.view("u1").reshape(-1, column.itemsize).T.tobytes())
+    return {"columns": index, **_block(b"".join(parts), compress)}
+
+
+def _block(whole: bytes, compress: bool) -> dict[str, str]:
     packed = zlib.compress(whole, 9) if compress else whole
-    return {
-        "columns": index,
-        "packing": "deflate" if compress else "none",
-        "bytes": base64.b64encode(packed).decode("ascii"),
-    }
+    return {"packing": "deflate" if compress else "none", "bytes": base64.b64encode(packed).decode("ascii")}
+
+
+def packed_json(content: object) -> dict[str, str]:
+    """``content`` as JSON, packed as columns are."""
+    return _block(_json(content).encode(), compress=True)
+
+
+def _json(content: object) -> str:
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # lone surrogates have no UTF-8
 
 
 def json_script(identity: str, content: object) -> Markup:
     """``content`` as a data block of a page. No text in it can end the block: every ``<`` is written as its escape."""
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    text = text.encode("utf-8", "backslashreplace").decode("utf-8")  # lone surrogates have no UTF-8
-    safe = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    safe = _json(content).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     return Markup(f'<script type="application/json" id="{identity}">{safe}</script>')
 
 
 def json_attribute(name: str, content: object) -> str:
     """``content`` as an attribute. Single quotes outside let JSON's double quotes stand, which saves a fifth."""
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    escaped = text.replace("&", "&amp;").replace("'", "&#39;").replace("<", "&lt;")
+    escaped = _json(content).replace("&", "&amp;").replace("'", "&#39;").replace("<", "&lt;")
     return f" {name}='{escaped}'"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from markupsafe import Markup
 
 from understudy.report import formatting, page
 from understudy.report.charts import Series, line_chart
-from understudy.report.credit_data import json_script, pack, reverse_kl
+from understudy.report.credit_data import json_script, pack, packed_json, reverse_kl
 from understudy.report.page import Row
 from understudy.report.worst_tokens import worst_tokens
 
@@ -28,6 +31,8 @@ SORTABLE = (
 )
 # Fields of a stored rollout that an exported one keeps as they are.
 _EXPORTED = ("step", "prompt_index", "sample_index", "task", "answer")
+# What it answered: models that mark an exported rollout again have to read the same.
+_PROMPT = ("prompt_text", "prompt_ids", "messages", "teacher_prompt_ids")
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class CreditUnit:
 
 
 def write_credit_page(units: Sequence[CreditUnit], out: Path, *, title: str, facts: Sequence[str] = ()) -> Path:
-    """Write the page of ``units`` to ``out``: one file, of about 1.5 MB for 200 rollouts of 256 tokens.
+    """Write the page of ``units`` to ``out``: one file, below 2 MB for 200 rollouts of 256 tokens.
 
     Rollouts are records as docs/credit.md describes them; every per-token list may be missing. ``facts`` are lines
     under the title.
@@ -57,7 +62,7 @@ def write_credit_page(units: Sequence[CreditUnit], out: Path, *, title: str, fac
         "forks": worst_tokens(rollouts, FORKS_SHOWN),
         "charts": _charts(units),
         "sortable": SORTABLE,
-        "rollouts": json_script("rollouts", _rollouts(units)),
+        "rollouts": json_script("rollouts", packed_json(_rollouts(units))),
         "data": json_script("credit-data", pack(rollouts, notes=notes)),
     }
     return page.write_page("credit.html", Path(out), context, scripts=("tokens", "charts", "credit"))
@@ -68,13 +73,13 @@ def pair_units(
 ) -> list[CreditUnit]:
     """Rollouts of the same prompts side by side, in the order of ``before``; what has no partner is left out.
 
-    Partners share task, prompt and sample number and have the same prompt text. The first token in which they differ
-    carries a note in both.
+    Partners share task, prompt and sample number and have the same prompt text; of several, the first goes with the
+    first. The first token in which they differ carries a note in both.
     """
-    partners = {_identity(rollout): rollout for rollout in after}
+    partners = dict(zip(_identities(after), after, strict=True))
     units = []
-    for rollout in before:
-        partner = partners.get(_identity(rollout))
+    for identity, rollout in zip(_identities(before), before, strict=True):
+        partner = partners.get(identity)
         if partner is not None:
             parting = _parting(rollout, partner)
             notes = tuple({} if parting is None else {parting: "here the two part"} for _ in range(2))
@@ -82,8 +87,11 @@ def pair_units(
     return units
 
 
-def _identity(rollout: Row) -> tuple[Any, ...]:
-    return tuple(rollout.get(key) for key in ("task", "prompt_index", "sample_index", "prompt_text"))
+def _identities(rollouts: Sequence[Row]) -> list[tuple[Any, ...]]:
+    """What tells rollouts apart. A step that ends one epoch and begins the next may hold a row twice: counted."""
+    keys = [tuple(own.get(key) for key in ("task", "prompt_index", "sample_index", "prompt_text")) for own in rollouts]
+    before = defaultdict[tuple[Any, ...], Iterator[int]](count)
+    return [(*key, next(before[key])) for key in keys]
 
 
 def _parting(one: Row, other: Row) -> int | None:
@@ -109,14 +117,18 @@ def _rollouts(units: Sequence[CreditUnit]) -> dict[str, Any]:
                     "unit": number,
                     "label": label or _sample(rollout, with_step=len(steps) > 1),
                     "heading": page.prompt_heading(rollout),
-                    "prompt": prompts.setdefault(str(rollout.get("prompt_text") or ""), len(prompts)),
+                    "prompt": prompts.setdefault(json.dumps(_known(rollout, _PROMPT)), len(prompts)),
                     "kl": round(sum(kls) / len(kls), 5) if kls else None,
                     "reward": None if reward is None else round(reward, 5),
                     "finish": rollout.get("finish_reason"),
-                    "record": {key: rollout[key] for key in _EXPORTED if rollout.get(key) is not None},
+                    "record": _known(rollout, _EXPORTED),
                 }
             )
-    return {"prompts": list(prompts), "rollouts": rows}
+    return {"prompts": [json.loads(prompt) for prompt in prompts], "rollouts": rows}
+
+
+def _known(rollout: Row, keys: Sequence[str]) -> dict[str, Any]:
+    return {key: rollout[key] for key in keys if rollout.get(key) is not None}
 
 
 def _sample(rollout: Row, *, with_step: bool) -> str:

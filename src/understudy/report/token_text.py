@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 # What decoders print for bytes that are not a whole character.
 REPLACEMENT = "\ufffd"
 
 # The open box, not the sign "SP": common monospace fonts lack the latter and would show an empty rectangle.
 _VISIBLE = {" ": "␣", "\n": "↵", "\t": "⇥"}
-# Joiners are part of how some scripts and emoji are spelled.
-_KEPT_INVISIBLE = {"\u200c", "\u200d"}
+# Zs: blanks of other widths look like a space, and are other tokens.
+_INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp", "Zs"}
+# The space is what people expect between words; joiners are part of how some scripts and emoji are spelled.
+_KEPT_INVISIBLE = {" ", "\u200c", "\u200d"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class BytePiece:
 
 
 def visible_text(token: str) -> str:
-    """The token with nothing invisible: blanks, newlines, control characters and empty tokens get a sign.
+    """The token with nothing invisible: blanks, newlines, control characters and empty tokens get a sign; a plain space
+    does where there is nothing else.
 
     >>> visible_text(" "), visible_text(""), visible_text(" the"), visible_text("\\n")
     ('␣', '∅', ' the', '↵\\n')
@@ -45,8 +50,8 @@ def visible_text(token: str) -> str:
 def token_name(token: str) -> str:
     """The token where it stands alone, out of any text: " yes" and "yes" are two, and look it.
 
-    >>> token_name(" yes"), token_name("\\n")
-    ('␣yes', '↵')
+    >>> token_name(" yes"), token_name("\\u00a0yes"), token_name("\\n")
+    ('␣yes', '⟨U+00A0⟩yes', '↵')
     """
     return visible_text(token).removesuffix("\n").replace(" ", "␣")
 
@@ -54,7 +59,7 @@ def token_name(token: str) -> str:
 def _visible_character(character: str) -> str:
     if character in "\n\t":
         return _VISIBLE[character]
-    hidden = unicodedata.category(character) in {"Cc", "Cf", "Cs", "Zl", "Zp"} and character not in _KEPT_INVISIBLE
+    hidden = unicodedata.category(character) in _INVISIBLE and character not in _KEPT_INVISIBLE
     return _code_point(character) if hidden else character
 
 
@@ -85,8 +90,8 @@ def align(tokens: Sequence[str], text: str) -> Alignment:
     does not have, as end tokens, a space stands in.
 
     A tokenizer without a token for "🙂" writes it in several, and each alone reads as U+FFFD. The characters are what
-    ``text`` has between the tokens around such a run; a run that cannot be placed is left alone. Without a text, or
-    where tokens do not make it, nothing is left out.
+    ``text`` has between the tokens around such a run, each with its own tokens as far as these can be told apart; a run
+    that cannot be placed is left alone. Without a text, or where tokens do not make it, nothing is left out.
 
     >>> align(["a", "b", "<end>"], "a b")
     Alignment(gaps=['', ' ', ' '], pieces={}, left_out=[2])
@@ -112,12 +117,17 @@ def align(tokens: Sequence[str], text: str) -> Alignment:
             end = next((i for i in range(index, len(tokens)) if REPLACEMENT not in tokens[i]), len(tokens))
             stop = _run_end(tokens[end:], text, cursor)
             covered = text[cursor:stop]
-            characters = covered.lstrip() if stop == len(text) else covered.strip()
+            # Blanks of ASCII are never among bytes: tokens carry them, or lost them.
+            written = covered.lstrip(string.whitespace) if stop == len(text) else covered.strip(string.whitespace)
             gaps += [""] * (end - index)
-            if characters:
-                pieces |= {i: BytePiece(characters, i - index + 1, end - index) for i in range(index, end)}
-                gaps[index] = _gap(covered[: covered.index(characters)])
-                cursor += covered.index(characters) + len(characters)
+            if written:
+                gaps[index] = _gap(covered[: covered.index(written)])
+                cursor += covered.index(written) + len(written)
+                for number, own in _parts([tokens[index].lstrip(string.whitespace), *tokens[index + 1 : end]], written):
+                    characters = own.lstrip(string.whitespace)
+                    gaps[index] += _gap(own.removesuffix(characters))
+                    pieces |= {index + i: BytePiece(characters, i + 1, number) for i in range(number)}
+                    index += number
     whole = not text[cursor:].strip()
     return Alignment(gaps, pieces, left_out if text and whole else [])
 
@@ -132,6 +142,50 @@ def _place(token: str, text: str, cursor: int) -> int | None:
         return cursor if token or text else None
     behind = len(text) - len(text[cursor:].lstrip())
     return behind if behind > cursor and text.startswith(token, behind) else None
+
+
+def _parts(tokens: Sequence[str], characters: str) -> list[tuple[int, str]]:
+    """How many tokens of bytes, in turn, write which ``characters``: single ones where every way to lay the tokens
+    along the bytes ends the same character with the same token, and all at once where there is no way.
+
+    >>> _parts(["\\ufffd"] * 6, "你好"), _parts(["\\ufffd"] * 5, "你好")
+    ([(3, '你'), (3, '好')], [(5, '你好')])
+    """
+    data = characters.encode("utf-8", "surrogatepass")
+    steps = {token: _steps(token, data) for token in set(tokens)}
+    # Places between bytes are bits: long runs have too many ways to follow each.
+    reached = [1]
+    for token in tokens:
+        ends = 0
+        for size, starts in steps[token].items():
+            ends |= (reached[-1] & starts) << size
+        reached.append(ends)
+    cuts = [(len(tokens), len(data))]
+    alive = reached[-1] & 1 << len(data)
+    for number in range(len(tokens) - 1, 0, -1):
+        before = 0
+        for size, starts in steps[tokens[number]].items():
+            before |= starts & alive >> size
+        alive = reached[number] & before
+        place = alive.bit_length() - 1
+        # A byte 10xxxxxx goes on with a character that another began.
+        if alive.bit_count() == 1 and data[place] & 0xC0 != 0x80:
+            cuts.append((number, place))
+    pairs = pairwise([(0, 0), *reversed(cuts)])
+    return [(end - start, data[a:b].decode("utf-8", "surrogatepass")) for (start, a), (end, b) in pairs]
+
+
+def _steps(token: str, data: bytes) -> dict[int, int]:
+    """By number of bytes, from which places (as bits) so many bytes of ``data`` read as ``token`` when alone."""
+    steps: dict[int, int] = {}
+    for start in range(len(data)):
+        for end in range(start + 1, len(data) + 1):
+            read = data[start:end].decode("utf-8", "replace")
+            if len(read) > len(token):
+                break
+            if read == token:
+                steps[end - start] = steps.get(end - start, 0) | 1 << start
+    return steps
 
 
 def _run_end(following: Sequence[str], text: str, cursor: int) -> int:

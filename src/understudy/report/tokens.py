@@ -82,7 +82,7 @@ def _element(token: str, level: int, note: str | None, piece: BytePiece | None, 
 def piece_text(piece: BytePiece) -> str:
     """The characters with the first of their tokens, and which part of them each token is."""
     part = f"⟨{piece.part}/{piece.parts}⟩"
-    return piece.characters + part if piece.part == 1 else part
+    return visible_text(piece.characters) + part if piece.part == 1 else part
 
 
 def _note_key(notes: Mapping[int, str], length: int) -> str:

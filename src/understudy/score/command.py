@@ -178,7 +178,7 @@ def _marked(source: Source, models: Models) -> list[Record]:
             expected="no models: a run has kept its own marks",
             remedy="drop them; to mark stored rollouts anew, give their file with --text",
         )
-    unmarked = [r for r in records if not (r.get("sampler_logprobs") or r.get("teacher_logprobs"))]
+    unmarked = [record for record in records if _lacks_marks(record)]
     if unmarked and models.student is None:
         raise ConfigError(
             "--student",
@@ -204,6 +204,12 @@ def _marked(source: Source, models: Models) -> list[Record]:
     if models.teacher is not None:
         teacher = LocalTeacher(_teacher(models, student, width))
     return with_marks(complete, text, student=student, teacher=teacher, topk=models.topk)
+
+
+def _lacks_marks(record: Record) -> bool:
+    """A completion of no tokens is complete without any."""
+    tokens = record.get("completion_tokens") if record.get("completion_ids") is None else record["completion_ids"]
+    return tokens != [] and not (record.get("sampler_logprobs") or record.get("teacher_logprobs"))
 
 
 def _teacher(models: Models, student: LocalTeacher | None, width: int) -> LanguageModel:

@@ -17,7 +17,7 @@ Record = dict[str, Any]
 
 def read_plain(values: Values) -> list[Record]:
     """A record of ours, or a row of `generate`: ``completion`` stands for ``completion_text``."""
-    record = dict(values)
+    record = _known(values)
     if "completion" in record and "completion_text" not in record:
         record["completion_text"] = record.pop("completion")
     if "prompt" in record and "prompt_text" not in record:
@@ -136,7 +136,9 @@ def read_prime_rl(values: Values) -> list[Record]:
         return [record | {"step": values.get("step")} for one in values["examples"] for record in read_prime_rl(one)]
     ids = list(values["completion_ids"])
     advantage = values.get("advantage")
-    teacher = values.get("teacher_logprobs", values.get("reference_logprobs"))
+    teacher = values.get("teacher_logprobs")
+    if teacher is None:
+        teacher = values.get("reference_logprobs")
     return [
         _known(
             {
@@ -226,7 +228,7 @@ def read_object(values: Values, *, form: str | None, where: str) -> list[Record]
         ) from None
 
 
-def _known(record: Record) -> Record:
+def _known(record: Values) -> Record:
     return {name: value for name, value in record.items() if value is not None}
 
 

@@ -109,7 +109,8 @@ def with_marks(
     if student is not None:
         sequences = [TokenSequence(record["prompt_ids"], record["completion_ids"]) for record in made]
         for record, marks in zip(made, mark(student, sequences, topk=topk), strict=True):
-            record.setdefault("sampler_logprobs", list(marks.logprobs))
+            if record.get("sampler_logprobs") is None:
+                record["sampler_logprobs"] = list(marks.logprobs)
             record |= {"student_entropy": list(marks.entropy), "student_topk": _topk(marks, text)}
     if teacher is not None:
         sequences = [

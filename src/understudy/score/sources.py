@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AllowInfNan, BaseModel, ConfigDict, JsonValue, ValidationError
 
 from understudy.errors import ConfigError, first_line
 from understudy.rollout_store import read_rollouts, rollouts_path
@@ -30,7 +30,14 @@ PER_TOKEN = (
     "student_entropy",
     "teacher_entropy",
 )
-_Numbers = list[float | None] | None
+_ALTERNATIVES = ("teacher_topk", "student_topk")
+# What rounding leaves of a log-probability of 0 may lie above it by this much.
+_ROUNDING = 1e-3
+# JSON as Python writes it has infinities where a token is impossible, and NaN where nothing was computed.
+_Number = Annotated[float, AllowInfNan()]
+_Numbers = list[_Number | None] | None
+# A number by the documentation; some write a name.
+_Place = int | str | None
 
 
 class _Alternatives(BaseModel):
@@ -41,16 +48,22 @@ class _Alternatives(BaseModel):
 
 
 class _Plain(BaseModel):
-    """The types of docs/credit.md's plain form, where a wrong one would end in a traceback later."""
+    """The types of docs/credit.md's plain form, where a wrong one would end in a traceback later. What a page exports
+    as it is has to be JSON, which knows no NaN."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    step: _Place = None
+    prompt_index: _Place = None
+    sample_index: _Place = None
+    task: str | None = None
+    answer: JsonValue = None
     completion_ids: list[int] | None = None
     completion_tokens: list[str] | None = None
     completion_text: str | None = None
     prompt_ids: list[int] | None = None
     teacher_prompt_ids: list[int] | None = None
     prompt_text: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: list[dict[str, JsonValue]] | None = None
     sampler_logprobs: _Numbers = None
     teacher_logprobs: _Numbers = None
     trainer_logprobs: _Numbers = None
@@ -60,7 +73,7 @@ class _Plain(BaseModel):
     loss_mask: list[bool | int] | None = None
     teacher_topk: _Alternatives | None = None
     student_topk: _Alternatives | None = None
-    reward: float | None = None
+    reward: _Number | None = None
     finish_reason: str | None = None
 
 
@@ -248,7 +261,7 @@ def _checked(record: Record, where: str) -> Record:
             remedy="docs/credit.md describes the plain form",
         )
     columns = {name: record.get(name) for name in PER_TOKEN}
-    for name in ("teacher_topk", "student_topk"):
+    for name in _ALTERNATIVES:
         columns |= {f"{name}.logprobs": (record.get(name) or {}).get("logprobs")}
     for name, values in columns.items():
         if values is not None and tokens is not None and len(values) != len(tokens):
@@ -260,7 +273,24 @@ def _checked(record: Record, where: str) -> Record:
             )
         if name.endswith(".logprobs"):
             _check_alternatives(record.get(name.removesuffix(".logprobs")), f"{where}, {name}")
+    _check_signs(record, where)
     return record
+
+
+def _check_signs(record: Record, where: str) -> None:
+    """Raise ConfigError for log-probabilities of probabilities above 1."""
+    columns = {name: record.get(name) or [] for name in PER_TOKEN if name.endswith("_logprobs")}
+    for name in _ALTERNATIVES:
+        columns[f"{name}.logprobs"] = [own for row in (record.get(name) or {}).get("logprobs") or [] for own in row]
+    for name, values in columns.items():
+        above = next((value for value in values if value is not None and value > _ROUNDING), None)
+        if above is not None:
+            raise ConfigError(
+                where,
+                got=f"{above:g} among its {name}",
+                expected="log-probabilities, which end at 0; these look like negative log-likelihoods",
+                remedy="turn their sign",
+            )
 
 
 def _check_alternatives(topk: Mapping[str, Any] | None, where: str) -> None:

@@ -1,10 +1,10 @@
 // The page of token credit: rollouts are written when they come near the screen, from the block at the page's end.
 (async () => {
   "use strict";
-  const { Store, LEVELS, boxes, copy, element, focus } = window.understudy;
+  const { Store, LEVELS, boxes, copy, element, focus, unpacked } = window.understudy;
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
   const byId = (id) => document.getElementById(id);
-  const { rollouts, prompts } = read("rollouts");
+  const { rollouts, prompts } = JSON.parse(new TextDecoder().decode(await unpacked(read("rollouts"))));
   const ROWS_AT_FIRST = 100;
   // Pages of fewer tokens are written whole, so that a browser's own search finds everything.
   const WHOLE = 10000;
@@ -105,6 +105,7 @@
 
   // --- text
 
+  const promptOf = (r) => prompts[rollouts[r].prompt].prompt_text || "";
   const textOf = (r) => {
     if (!texts.has(r)) {
       let text = "";
@@ -127,7 +128,7 @@
     return hits;
   };
   const matches = (r) => !state.query || textOf(r).toLowerCase().includes(state.query) ||
-    prompts[rollouts[r].prompt].toLowerCase().includes(state.query);
+    promptOf(r).toLowerCase().includes(state.query);
 
   // --- rollouts: a shell per unit (one rollout, or the same prompt before and after), filled when it comes near
 
@@ -190,7 +191,7 @@
     if (filled.has(members[0])) return;
     observer.unobserve(shell);
     const one = rollouts[members[0]];
-    const prompt = element("div", prompts[one.prompt], "prompt");
+    const prompt = element("div", promptOf(members[0]), "prompt");
     prompt.dir = "auto";
     prompt.tabIndex = 0;
     prompt.setAttribute("role", "group");
@@ -198,7 +199,7 @@
     const pair = element("div", "", "pair");
     for (const r of members) { pair.append(card(r)); filled.add(r); }
     shell.replaceChildren(element("h3", one.heading));
-    if (prompts[one.prompt]) shell.append(prompt);
+    if (promptOf(members[0])) shell.append(prompt);
     shell.append(pair);
     shell.classList.add("filled");
   };
@@ -293,7 +294,7 @@
       Array.from(store.columns.advantage.slice(store.starts[r], store.starts[r + 1]), (v) => (Number.isNaN(v) ? null : v)) :
       undefined;
     return {
-      ...one.record, prompt_text: prompts[one.prompt], completion_text: textOf(r), finish_reason: one.finish,
+      ...one.record, ...prompts[one.prompt], completion_text: textOf(r), finish_reason: one.finish,
       reward: one.reward, completion_ids: ids.includes(null) ? undefined : ids,
       completion_tokens: indices.map((index) => store.form.texts[index]), sampler_logprobs: column("student", r),
       teacher_logprobs: column("teacher", r), trainer_logprobs: column("trainer", r), advantages,

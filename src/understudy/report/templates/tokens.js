@@ -14,25 +14,43 @@
     return bytes;
   };
 
+  // The bytes of a block, however it is packed.
+  const unpacked = async ({ packing, bytes }) => {
+    if (packing === "none") return bytesOf(bytes);
+    const stream = new Blob([bytesOf(bytes)]).stream().pipeThrough(new DecompressionStream("deflate"));
+    return new Uint8Array(await new Response(stream).arrayBuffer());
+  };
+
+  // A column from its planes: the first byte of every entry, then the second of every one.
+  const fromPlanes = (type, planes) => {
+    const bytes = new Uint8Array(planes.length);
+    const width = Number(type[1]);
+    const entries = planes.length / width;
+    for (let k = 0; k < width; k += 1) {
+      for (let n = 0; n < entries; n += 1) bytes[n * width + k] = planes[k * entries + n];
+    }
+    return new TYPES[type](bytes.buffer);
+  };
+
   // One block: numbers of token i of rollout r, and its texts.
   class Store {
     constructor(form, bytes) {
       this.form = form;
       this.columns = {};
       for (const [name, [type, start, entries]] of Object.entries(form.columns)) {
-        this.columns[name] = new TYPES[type](bytes.buffer, bytes.byteOffset + start, entries);
+        this.columns[name] = fromPlanes(type, bytes.subarray(start, start + Number(type[1]) * entries));
       }
+      const { student, trainer } = this.columns;
+      if (student && trainer) student.forEach((own, n) => { trainer[n] += own; });
       this.starts = [0];
       for (const length of form.lengths) this.starts.push(this.starts.at(-1) + length);
       this.offsets = {};
     }
     static now(form) { return new Store(form, bytesOf(form.bytes)); }
     static async later(form) {
-      const bytes = bytesOf(form.bytes);
+      const bytes = await unpacked(form);
       form.bytes = "";
-      if (form.packing === "none") return new Store(form, bytes);
-      const unpacked = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-      return new Store(form, new Uint8Array(await new Response(unpacked).arrayBuffer()));
+      return new Store(form, bytes);
     }
     has(name) { return name in this.columns; }
     nats(name, n) {
@@ -53,7 +71,7 @@
     piece(r, i) { return this.form.pieces ? this.form.pieces[r][i] : undefined; }
     shown(r, i) {
       const piece = this.piece(r, i);
-      if (piece) return (piece[1] === 1 ? piece[0] : "") + `⟨${piece[1]}/${piece[2]}⟩`;
+      if (piece) return (piece[1] === 1 ? piece[3] : "") + `⟨${piece[1]}/${piece[2]}⟩`;
       return this.shownText(this.columns.token[this.starts[r] + i]);
     }
     shownText(index) { return this.form.shown[index] ?? this.form.texts[index]; }
@@ -159,7 +177,7 @@
     const place = `token ${index + 1} of ${store.form.lengths[rollout]}, position ${index}`;
     tip.replaceChildren(name, element("div", place + (id === null ? "" : `, id ${id}`), "dim"));
     const piece = store.piece(rollout, index);
-    if (piece) tip.append(element("div", `bytes ${piece[1]} of ${piece[2]} of ${piece[0]}`, "dim"));
+    if (piece) tip.append(element("div", `bytes ${piece[1]} of ${piece[2]} of ${piece[3]}`, "dim"));
     tip.append(numbers(store, n));
     for (const [who, words] of [["best", "the teacher would have said"], ["own", "the student's own choices"]]) {
       const found = store.alternatives(who, rollout, index);
@@ -248,5 +266,5 @@
     button.addEventListener("click", () => copy(button.parentNode.querySelector("code").textContent, button));
   }
 
-  window.understudy = { Store, LEVELS, boxes, copy, element, focus, nats };
+  window.understudy = { Store, LEVELS, boxes, copy, element, focus, nats, unpacked };
 })();
