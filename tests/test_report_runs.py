@@ -89,7 +89,7 @@ def test_bands_are_standard_errors_where_known_and_noise_where_not() -> None:
     assert norm.lines[0].band is not None
     assert norm.lines[0].band[4] == pytest.approx((1 - math.sqrt(0.5), 1 + math.sqrt(0.5)))
     assert titles["Learning rate"].band == ""
-    assert titles["Mismatch: tails of the importance ratio w"].percent
+    assert titles["Mismatch: tails of the ratio w"].percent
     assert {"eval/sums/greedy", "reverse_kl/mean_se", "by_task/a/b/reverse_kl/mean"} <= used
     assert "odd/one" not in used
 

@@ -184,9 +184,10 @@ def _code(nats: float | None, factor: float) -> int:
     """Thousandths of a nat, at most 65.533; negative rounding noise is zero."""
     if nats is None or math.isnan(nats):
         return UNKNOWN
-    if math.isinf(nats):
+    thousandths = nats * factor
+    if math.isinf(thousandths):
         return INFINITE
-    return max(0, min(INFINITE - 1, round(nats * factor)))
+    return max(0, min(INFINITE - 1, round(thousandths)))
 
 
 def _short(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -57,7 +57,7 @@ PLANS = (
     Plan("Completion length", "tokens", (("completion_length/mean", "mean length"),)),
     Plan("Cut at the length cap", "share of rollouts", (("truncated/share", "truncated"),), percent=True),
     Plan(
-        "Mismatch: tails of the importance ratio w",
+        "Mismatch: tails of the ratio w",
         "share of tokens",
         (("ratio/tail_share", "|log w| above 1"), ("ratio/outside_share", "w outside [0.9, 1.1]")),
         percent=True,
