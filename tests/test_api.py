@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,9 +14,11 @@ import torch
 import understudy
 from understudy import ConfigError, Prompt, Rollout, RunConfig, SampledScores, TokenSequence, assembly, precision
 from understudy.backends.loading import load_model, load_student
-from understudy.backends.local import LocalTrainer
+from understudy.backends.local import LocalTeacher, LocalTrainer
 from understudy.config import OptimConfig, StudentConfig
-from user import metrics, save_model, tree, word_tokenizer, write_rows
+from understudy.next_tokens import next_tokens_of
+from understudy.rollout_store import read_rollouts
+from user import amounts, metrics, save_model, tree, without_times, word_tokenizer, write_rows
 
 # peft asks transformers the old way
 peft_warns = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -130,6 +133,52 @@ def test_a_local_trainer_shares_its_weights_with_the_sampler(config: dict[str, A
     understudy.distill(RunConfig.model_validate(config), trainer=trainer, quiet=True)
     for row in metrics(Path(config["output_dir"])):
         assert row["ratio/abs_log_max"] < 1e-4
+
+
+@peft_warns
+@pytest.mark.parametrize(
+    ("method", "sections"),
+    [
+        ("distill", {"objective": {"estimator": "full"}}),
+        ("distill", {"objective": {"estimator": "sampled"}}),
+        ("distill", {"student": {"lora": {"rank": 2, "alpha": 4.0}}}),
+        ("rl", {"reward": {"grader": "exact_match"}}),
+    ],
+    ids=["full", "sampled", "lora", "rl"],
+)
+def test_what_pages_show_of_rollouts_changes_and_costs_nothing(
+    method: str, sections: dict[str, Any], config: dict[str, Any], tmp_path: Path
+) -> None:
+    """Entropies are the models' own; weights, metrics and costs are those of a run that keeps no rollouts."""
+    sections = {name: config.get(name, {}) | values for name, values in sections.items()}
+    save_model(tmp_path / "teacher", word_tokenizer(), seed=1)
+    config = config | sections | {"teacher": {"model": str(tmp_path / "teacher")}}
+    folders = {per_step: tmp_path / f"run{per_step}" for per_step in (0, 3)}
+    for per_step, folder in folders.items():
+        own = config | {"output_dir": str(folder), "rollouts": {"every": 1, "per_step": per_step, "topk": 2}}
+        getattr(understudy, method)(RunConfig.model_validate(own), quiet=True)
+    plain, kept = folders.values()
+    assert [without_times(row) for row in metrics(kept)] == [without_times(row) for row in metrics(plain)]
+    costs = [amounts(json.loads((folder / "costs.json").read_text())) for folder in (plain, kept)]
+    assert costs[0] == costs[1]
+    weights = next((plain / "checkpoints" / "step_000002").glob("*.safetensors"))
+    assert weights.read_bytes() == (kept / weights.relative_to(plain)).read_bytes()
+
+    records = read_rollouts(kept / "rollouts" / "step_000000.jsonl")
+    written = [TokenSequence(record["prompt_ids"], record["completion_ids"]) for record in records]
+    entropies = {
+        name: [found.entropy for found in next_tokens_of(LocalTeacher(model), written, topk=0)[1]]
+        for name, path in (("student", config["student"]["model"]), ("teacher", str(tmp_path / "teacher")))
+        for model in [load_student(StudentConfig(model=path, device="cpu"))]
+    }
+    assert len(records) == 3
+    for record, student, teacher in zip(records, entropies["student"], entropies["teacher"], strict=True):
+        assert record["student_entropy"] == pytest.approx(student, abs=1e-5)
+        known = method == "distill" and config.get("objective", {}).get("estimator") != "sampled"
+        assert record["teacher_entropy"] == (pytest.approx(teacher, abs=1e-5) if known else None)
+        assert [len(ids) for ids in record["student_topk"]["ids"]] == [2] * len(student)
+        # The importance ratio of a policy with itself.
+        assert record["trainer_logprobs"] == pytest.approx(record["sampler_logprobs"], abs=1e-4)
 
 
 def test_teachers_must_cover_the_rows(config: dict[str, Any]) -> None:

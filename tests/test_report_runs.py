@@ -18,6 +18,7 @@ from understudy.report import cost_panel, curves, findings, write_run_report
 from understudy.report.chart_shapes import NORMAL
 from understudy.report.charts import Mark, Region, Series, line_chart
 from understudy.report.curves import Curve, compared_curves, cost_curves, noise_band, part_curves, run_curves
+from understudy.report.paper import write_figures, write_metrics_csv
 from understudy.report.run_comparison import config_differences, load_runs, write_run_comparison
 from understudy.report.run_data import load_run
 from understudy.report.run_report import environment_rows, rollouts_over_time
@@ -338,6 +339,21 @@ def test_the_command_writes_pages_figures_and_tables(
         Path("figures/gradient-norm.png").read_bytes(),
     )
     assert first == second
+
+
+def test_tables_keep_every_digit(tmp_path: Path) -> None:
+    points = [(1234567890123.0, 0.1), (1234569999999.0, 1 / 3), (0.1234567890123, 2.0)]
+    [_, _, table] = write_figures([Curve("By compute", "", (Series("a", points),))], tmp_path)
+    assert table.read_text(encoding="utf-8").splitlines()[1:] == [
+        "a,1234567890123,,0.1,,",
+        "a,1234569999999,,0.3333333333333333,,",
+        "a,0.1234567890123,,2.0,,",
+    ]
+    rows = [{"step": step, "reward/mean": 0.5} for step in (1_000_000, 12_345_678)]
+    assert write_metrics_csv({"a": rows}, tmp_path / "all.csv").read_text(encoding="utf-8").splitlines()[1:] == [
+        "a,1000000,reward/mean,0.5,",
+        "a,12345678,reward/mean,0.5,",
+    ]
 
 
 def test_the_command_refuses_before_it_writes(

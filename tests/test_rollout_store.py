@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from understudy import Prompt, Rollout, ScoredRollout, TopkScores
+from understudy.next_tokens import NextTokens
 from understudy.rollout_store import read_rollouts, rollout_record, rollouts_path, write_rollouts
 
 
@@ -25,6 +26,8 @@ def record(**changes: object) -> dict:
         advantages=[0.1, -1.5],
         loss_mask=[True, False],
         alternatives=scores,
+        student=NextTokens([0.1234567, 1.0], [[6], [5]], [[-0.125], [-1.0000004]]),
+        teacher_entropy=[2.0, 0.0],
     )
     return made | changes
 
@@ -39,6 +42,8 @@ def test_a_record_holds_every_number() -> None:
         "tokens": [["t5", "t6"], ["t6", "t5"]],
         "logprobs": [[-0.25, -1.5], [-2.0, -2.5]],
     }
+    assert made["student_topk"] == {"ids": [[6], [5]], "tokens": [["t6"], ["t5"]], "logprobs": [[-0.125], [-1.0]]}
+    assert (made["student_entropy"], made["teacher_entropy"]) == ([0.123457, 1.0], [2.0, 0.0])
     assert (made["prompt_ids"], made["teacher_prompt_ids"], made["completion_ids"]) == ([1, 2], [3], [5, 6])
     assert (made["finish_reason"], made["reward"], made["answer"], made["sample_index"]) == ("length", 1.0, "72", 1)
     assert made["loss_mask"] == [True, False]

@@ -89,6 +89,20 @@ def test_the_page_says_what_was_forgotten_and_recovered(tmp_path: Path) -> None:
     assert [curve.wide for curve in pipeline_curves(tmp_path)] == [True, False, False]
 
 
+def test_means_that_are_no_shares_are_not_percentages(tmp_path: Path) -> None:
+    """A grader's points: one value beyond 1, half way, and none is a share."""
+    first, second = phase(1, "a", "s0", "s1", (0.5, 0.9)), phase(2, "b", "s1", "s2", (0.9, 0.2))
+    folder = write(tmp_path, first, second)
+    with (folder / "02-b" / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": 6, OLD: 3.0, f"{OLD}_se": 0.5}) + "\n")
+    html = write_pipeline_report(folder).read_text(encoding="utf-8")
+    assert "0.5 ± 0.01 → 0.2 ± 0.01" in html  # the headline
+    assert "forgotten: 3 → 0.2 after phase 2, b" in html
+    assert "<td>0.9 ± 0.01 → 0.2 ± 0.01</td>" in html
+    assert "300.0 %" not in html
+    assert "50.0 % ± 1.0" in html  # the other task's are shares
+
+
 def test_what_was_only_partly_recovered_or_not_at_all_is_called_so(tmp_path: Path) -> None:
     first, second = phase(1, "a", "s0", "s1", (0.1, 0.9)), phase(2, "b", "s1", "s2", (0.9, 0.2))
     page = write_pipeline_report(write(tmp_path / "p", first, second, phase(3, "c", "s2", "s3", (0.2, 0.5))))

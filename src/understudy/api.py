@@ -159,6 +159,7 @@ def _run(
                     stop=stop,
                     trackers=trackers,
                     may_be_away=parts.may_be_away,
+                    marker=parts.marker,
                     weights_of=lambda name: _named_teacher(parts.config, checked, given, name),
                     quiet=quiet,
                 )

@@ -15,7 +15,7 @@ import torch
 from understudy.advantages import CreditRules
 from understudy.backends.language_model import LanguageModel, check_packing
 from understudy.backends.loading import default_micro_batch_tokens, load_student
-from understudy.backends.local import LocalSampler, LocalTrainer
+from understudy.backends.local import LocalSampler, LocalTeacher, LocalTrainer
 from understudy.backends.protocols import Sampler, Teacher, Trainer
 from understudy.backends.vllm_sampler import VllmSampler
 from understudy.config import RunConfig
@@ -42,7 +42,8 @@ class Parts:
     """The loop's working parts, and its settings in the form its stages take them.
 
     ``page_teachers`` and ``page_reference`` are off the cost ledger: what pages show is not part of a method's price.
-    ``student``: the model that is trained in this process, if one is.
+    ``student``: the model that is trained in this process, if one is; ``marker``: its weights as a teacher, off the
+    ledger too, unless the trainer was brought along.
     ``may_be_away``: teachers without whose marks a step may do. ``cancel``: ends what servers are being asked;
     ``connections``: to be closed after the run.
     """
@@ -64,6 +65,7 @@ class Parts:
     batching: Mapping[str, Any]
     credit: CreditRules
     student: LanguageModel | None = None
+    marker: LocalTeacher | None = None
     may_be_away: frozenset[str] = frozenset()
     cancel: Callable[[], None] = lambda: None
     connections: ExitStack = field(default_factory=ExitStack)
@@ -174,6 +176,7 @@ def _assemble(
         },
         credit=credit_rules(effective, special_ids=checked.special_ids),
         student=student,
+        marker=None if student is None or given.trainer is not None else _marker(config, student),
         may_be_away=frozenset(name for name, role in config.all_teachers.items() if role.when_away == "skip"),
         cancel=partial(_cancel, [*remote.values(), *([sampler] if isinstance(sampler, VllmSampler) else [])]),
     )
@@ -252,6 +255,16 @@ def _sampler_and_trainer(
     sampler, trainer, dtype = choose_compute_dtype(config, student, checked.prompts, in_precision)
     update = {"student": config.student.model_copy(update={"compute_dtype": dtype})}
     return sampler, trainer, config.model_copy(update=update)
+
+
+def _marker(config: RunConfig, student: LanguageModel) -> LocalTeacher:
+    """Gives what the trainer's ``compute_logprobs`` gives, and more."""
+    return LocalTeacher(
+        student,
+        temperature=config.sampling.temperature,
+        batch_tokens=config.optim.micro_batch_tokens,
+        autocast=compute_autocast(config.student),
+    )
 
 
 def _check_student(config: RunConfig) -> None:

@@ -31,7 +31,7 @@ class RolloutsConfig(Section):
     per_step: int = Field(default=16, ge=0)
     """Rollouts kept per such step."""
     topk: int = Field(default=5, ge=0)
-    """The teacher's best alternatives kept per token."""
+    """The best alternatives kept per token, the teacher's and the student's."""
 
 
 class TrackingConfig(Section):

@@ -11,6 +11,7 @@ from understudy.checkpoints import checkpoint_path
 from understudy.errors import NonFiniteError, ServerUnavailable, UnderstudyError
 from understudy.guard_actions import GuardedTrainer, GuardWatch, WeightsOf, weights_are_finite
 from understudy.live.follow import title_of
+from understudy.next_tokens import NextTokens, next_tokens, next_tokens_of
 from understudy.progress import StepProgress
 from understudy.rollout_store import rollout_record
 from understudy.runs import RunFolder
@@ -18,15 +19,24 @@ from understudy.stopping import StopRequest
 from understudy.teacher_scores import score_reachable
 from understudy.tokenization import ModelText
 from understudy.trackers import Trackers
-from understudy.types import Rollout, ScoredRollout, Scores, TokenSequence, TopkScores, TrainingExample
+from understudy.types import (
+    HiddenScores,
+    Rollout,
+    ScoredRollout,
+    Scores,
+    TokenSequence,
+    TopkScores,
+    TrainingExample,
+)
 
 if TYPE_CHECKING:
+    from understudy.backends.local import LocalTeacher
     from understudy.config import RunConfig
 
 
 class Recorder:
     """The loops' only door to disk and screen. ``evaluate`` returns eval/... metrics of the current weights;
-    ``weights_of`` is for the guards."""
+    ``marker`` has the trainer's weights, and gives its log-probabilities; ``weights_of`` is for the guards."""
 
     def __init__(
         self,
@@ -40,12 +50,13 @@ class Recorder:
         stop: StopRequest,
         trackers: Trackers,
         may_be_away: frozenset[str] = frozenset(),
+        marker: LocalTeacher | None = None,
         weights_of: WeightsOf | None = None,
         quiet: bool = False,
     ) -> None:
         self._folder, self._config, self._trainer, self._teachers = folder, config, trainer, teachers
         self._student, self._evaluate, self._stop = student, evaluate, stop
-        self._trackers, self._may_be_away = trackers, may_be_away
+        self._trackers, self._may_be_away, self._marker = trackers, may_be_away, marker
         self._watch = GuardWatch(folder, config, self._tell, weights_of)
         self.first_step = folder.first_step
         self.last_step = folder.first_step
@@ -162,12 +173,11 @@ class Recorder:
         if config.per_step == 0 or (step % config.every and step != self._config.optim.num_steps):
             return
         kept = list(scored[: config.per_step])
-        sequences = [TokenSequence(s.rollout.prompt.prompt_ids, s.rollout.completion_ids) for s in kept]
         alternatives: Sequence[Any] = [None] * len(kept)
         if topk := self._alternatives():
             alternatives = self._alternatives_of([s.rollout for s in kept], topk)
-        logprobs = self._trainer.compute_logprobs(sequences)
-        columns = zip(kept, examples[: len(kept)], logprobs, alternatives, strict=True)
+        logprobs, student = self._student_marks([s.rollout for s in kept])
+        columns = zip(kept, examples[: len(kept)], logprobs, student, alternatives, strict=True)
         records = [
             self._record(step, number % self._config.sampling.group_size, *column)
             for number, column in enumerate(columns)
@@ -176,6 +186,23 @@ class Recorder:
         if records:
             self._progress.show_sample(records[0])
             self._trackers.log_samples(step, records)
+
+    def _student_marks(
+        self, rollouts: Sequence[Rollout]
+    ) -> tuple[Sequence[Sequence[float]], Sequence[NextTokens | None]]:
+        """The trainer's log-probabilities, and the student's next tokens where its weights are at hand."""
+        sequences = [TokenSequence(rollout.prompt.prompt_ids, rollout.completion_ids) for rollout in rollouts]
+        if self._marker is None:
+            return self._trainer.compute_logprobs(sequences), [None] * len(sequences)
+        return next_tokens_of(self._marker, sequences, topk=self._config.rollouts.topk)
+
+    def _teacher_entropy(self, scored: ScoredRollout) -> Sequence[float] | None:
+        """Where the step has the teacher's hidden states: nothing is asked for it."""
+        if not isinstance(scored.scores, HiddenScores):
+            return None
+        teacher: Any = self._teachers[scored.rollout.prompt.teacher]
+        temperature = self._config.sampling.temperature
+        return next_tokens(teacher.head, scored.scores.teacher_hidden, topk=0, temperature=temperature).entropy
 
     def _alternatives_of(self, rollouts: Sequence[Rollout], topk: int) -> Sequence[Scores | None]:
         """None for those of a teacher that is away, and may be: what pages show stops no run."""
@@ -200,6 +227,7 @@ class Recorder:
         scored: ScoredRollout,
         example: TrainingExample,
         trainer_logprobs: Sequence[float],
+        student: NextTokens | None,
         alternatives: Scores | None,
     ) -> dict[str, Any]:
         return rollout_record(
@@ -212,6 +240,8 @@ class Recorder:
             advantages=example.advantages,
             loss_mask=example.loss_mask,
             alternatives=alternatives if isinstance(alternatives, TopkScores) else None,
+            student=student,
+            teacher_entropy=self._teacher_entropy(scored),
         )
 
     def close(self) -> None:

@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from understudy.checkpoints import write_jsonl, writing
 from understudy.types import ScoredRollout, TopkScores
+
+if TYPE_CHECKING:
+    from understudy.next_tokens import NextTokens
 
 SCHEMA_VERSION = 1
 
@@ -27,14 +30,11 @@ def rollout_record(
     advantages: Sequence[float] | None,
     loss_mask: Sequence[bool],
     alternatives: TopkScores | None,
+    student: NextTokens | None = None,
+    teacher_entropy: Sequence[float] | None = None,
 ) -> dict[str, Any]:
-    """One line of the file. ``tokens`` turns ids into the text of each."""
+    """One line of the file. ``tokens`` turns ids into the text of each; ``alternatives`` are the teacher's."""
     rollout, prompt = scored.rollout, scored.rollout.prompt
-    topk = alternatives and {
-        "ids": [list(ids) for ids in alternatives.ids],
-        "tokens": [tokens(ids) for ids in alternatives.ids],
-        "logprobs": [_short(row) for row in alternatives.logprobs],
-    }
     return {
         "schema_version": SCHEMA_VERSION,
         "step": step,
@@ -56,10 +56,21 @@ def rollout_record(
         "sampler_logprobs": _short(rollout.sampler_logprobs),
         "trainer_logprobs": None if trainer_logprobs is None else _short(trainer_logprobs),
         "teacher_logprobs": None if scored.scores is None else _short(scored.scores.teacher_logprobs),
+        "student_entropy": None if student is None else _short(student.entropy),
+        "teacher_entropy": None if teacher_entropy is None else _short(teacher_entropy),
         "advantages": None if advantages is None else _short(advantages),
         "loss_mask": list(loss_mask),
-        "teacher_topk": topk,
+        "teacher_topk": None if alternatives is None else _topk(alternatives, tokens),
+        "student_topk": _topk(student, tokens) if student and any(student.ids) else None,
         "metadata": dict(prompt.metadata),
+    }
+
+
+def _topk(found: TopkScores | NextTokens, tokens: Callable[[Sequence[int]], list[str]]) -> dict[str, Any]:
+    return {
+        "ids": [list(ids) for ids in found.ids],
+        "tokens": [tokens(ids) for ids in found.ids],
+        "logprobs": [_short(row) for row in found.logprobs],
     }
 
 

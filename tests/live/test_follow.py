@@ -116,6 +116,25 @@ def test_a_run_is_followed_from_its_first_row_to_its_last(run: Path) -> None:
     follower.close()
 
 
+@pytest.mark.parametrize(("method", "result"), [("generate", "samples.jsonl"), ("eval", "evaluation.json")])
+def test_without_steps_the_result_tells_whether_it_is_finished(method: str, result: str, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(f"# understudy {method}, resolved\n", encoding="utf-8")
+    follower = Follower(tmp_path)
+    with held(tmp_path):
+        assert follower.look().note == ""
+    assert follower.look().note == f"stopped before {result} was whole"
+    (tmp_path / result).write_text("", encoding="utf-8")
+    assert follower.look().note == "finished"
+    follower.close()
+
+
+def test_of_an_unknown_command_only_that_it_does_not_run_is_known(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("[optim]\nnum_steps = 9\n", encoding="utf-8")
+    follower = Follower(tmp_path)
+    assert follower.look().note == "not running"
+    follower.close()
+
+
 def test_titles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert title_of(Path("runs/a"), "rl") == "rl  runs/a"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -84,7 +85,7 @@ def trackers(
 
 
 def row(step: int) -> dict[str, Any]:
-    return {"step": step, "optim/loss": 1.0 / (step + 1), "note": "text", "flag": True, "ratio/max": float("inf")}
+    return {"step": step, "optim/loss": 1.0 / (step + 1), "note": "text", "flag": True}
 
 
 def test_rows_and_samples_arrive_once_in_order_from_one_thread(tmp_path: Path) -> None:
@@ -106,6 +107,19 @@ def test_rows_and_samples_arrive_once_in_order_from_one_thread(tmp_path: Path) -
     assert (run.project, run.name, run.folder, run.goes_on_after) == ("p", "run", tmp_path / "run", None)
     assert run.config["student.model"] == "m"
     assert run.config["optim.betas"] == "[0.9, 0.95]"
+
+
+def test_numbers_that_are_not_finite_are_left_out_and_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory = Memory()
+    with trackers(tmp_path / "run", {"wandb": memory}) as sent:
+        for step, value in enumerate((1.0, math.nan, math.inf)):
+            sent.log({"step": step, "reward/mean": value})
+    assert memory.logged == [(0, {"reward/mean": 1.0}), (1, {}), (2, {})]
+    assert [record.getMessage() for record in caplog.records] == [
+        "step 1: reward/mean is nan; trackers are sent finite numbers only, here and later"
+    ]
 
 
 def test_neither_keys_nor_addresses_are_told_or_stored(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from understudy.backends.served_models import served_model
 from understudy.backends.vllm import VllmTeacher
 from understudy.backends.vllm_completions import Writing, jobs_of, request
 from understudy.config import SamplingConfig, TeacherConfig
-from understudy.precision import compute_autocast
 from understudy.rollouts import sample_rollouts, step_seed
 from understudy.teacher_scores import score_rollouts
 from understudy.types import Prompt, Rollout, TokenSequence, TopkScores
@@ -72,25 +71,12 @@ def run_trial(parts: Parts) -> Trial:
     rollouts = [rollout for group in groups for rollout in group]
     written = [TokenSequence(r.prompt.prompt_ids, r.completion_ids) for r in rollouts]
     marks = score_rollouts(parts.page_teachers, rollouts, "sampled") if parts.page_teachers else None
-    marker = student_marker(parts)
     return Trial(
         rollouts=rollouts,
         own=parts.trainer.compute_logprobs(written),
         marks=None if marks is None else [score.teacher_logprobs for score in marks],
-        student_top=_top(marker, written) if marker else None,
+        student_top=_top(parts.marker, written) if parts.marker else None,
         teacher_top=_teacher_top(parts, rollouts),
-    )
-
-
-def student_marker(parts: Parts) -> LocalTeacher | None:
-    """The student's weights as a teacher; None where they are in no model of this process."""
-    if parts.student is None:
-        return None
-    return LocalTeacher(
-        parts.student,
-        temperature=parts.config.sampling.temperature,
-        batch_tokens=parts.config.optim.micro_batch_tokens,
-        autocast=compute_autocast(parts.config.student),
     )
 
 

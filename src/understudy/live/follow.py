@@ -17,6 +17,8 @@ from understudy.live.track import MATTERS, Track
 from understudy.locking import is_held
 
 PIPELINE_FILE = "pipeline.json"
+# The last file of commands that have no steps to count.
+_RESULTS = {"generate": "samples.jsonl", "eval": "evaluation.json"}
 
 
 class AddedLines:
@@ -77,13 +79,15 @@ class AddedLines:
 @dataclass(frozen=True)
 class Seen:
     """A run as it stands. ``running``: somebody is at work there; ``sample``: a rollout of the newest stored step;
-    ``alarm``: the guards' newest; ``broken``: lines that could not be read."""
+    ``alarm``: the guards' newest; ``broken``: lines that could not be read; ``missing``: the file that the command ends
+    with, as long as it is not there."""
 
     track: Track
     running: bool
     sample: Mapping[str, Any] | None = None
     alarm: Mapping[str, Any] | None = None
     broken: int = 0
+    missing: str = ""
 
     @property
     def note(self) -> str:
@@ -91,6 +95,10 @@ class Seen:
         broken = f"{self.broken} unreadable lines left out" if self.broken else ""
         if self.running:
             state = "" if self.track.points or not self.track.total else "starting"
+        elif self.missing:
+            state = f"stopped before {self.missing} was whole"
+        elif not self.track.method:  # nothing says what was to be done
+            state = "not running"
         elif self.track.done >= self.track.total:
             state = "finished"
         else:
@@ -125,7 +133,9 @@ class Follower:
                 at = now if row is rows[-1] else stamps.get(row["step"], now)
                 track = track.with_row(row, None if first_look else at)
         broken = self._rows.broken + self._alarms.broken
-        self._seen = Seen(track, running, self._sample(), self._alarm(), broken)
+        result = _RESULTS.get(track.method, "")
+        missing = "" if (self.folder / result).exists() else result
+        self._seen = Seen(track, running, self._sample(), self._alarm(), broken, missing)
         return self._seen
 
     def close(self) -> None:

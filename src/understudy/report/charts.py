@@ -138,7 +138,7 @@ def line_chart(
     readings = _readings(series, cleaned, marks, plot, x_words) | {
         "title": title,
         "label": "" if x_words else x_label,
-        "references": [f"{name}: {_value(value, None, percent)}" for name, value in references],
+        "references": [f"{name}: {formatting.mean(value, share=percent)}" for name, value in references],
     }
     return (
         f'<svg class="chart" role="img" viewBox="0 0 {frame.width} {frame.legend_top + rows * LEGEND_ROW}" '
@@ -269,12 +269,6 @@ def _regions(regions: Sequence[Region], plot: _Plot) -> str:
     return "".join(parts)
 
 
-def _value(value: float, error: float | None, percent: bool) -> str:
-    if percent:
-        return formatting.percent(value, error)
-    return formatting.number(value) + (f" ± {formatting.number(error)}" if error is not None else "")
-
-
 def _readings(
     series: Sequence[Series],
     cleaned: Sequence[Sequence[_Point]],
@@ -290,7 +284,7 @@ def _readings(
     rows = [
         {
             "name": one.name,
-            "values": [_value(own[x].y, own[x].error, plot.percent) if x in own else None for x in xs],
+            "values": [formatting.mean(own[x].y, own[x].error, share=plot.percent) if x in own else None for x in xs],
             "y": [round(plot.at(x, own[x].y)[1]) if x in own else None for x in xs],
         }
         for one, own in zip(series, at, strict=True)
@@ -312,7 +306,7 @@ def _summary(series: Sequence[Series], percent: bool) -> str:
     for one in series:
         points = _finite(one)
         if points:
-            first, last = _value(points[0].y, None, percent), _value(points[-1].y, None, percent)
+            first, last = (formatting.mean(points[i].y, share=percent) for i in (0, -1))
             sentences.append(f"{one.name}: {len(points)} points, from {first} to {last}")
     return "; ".join(sentences) + "."
 

@@ -59,6 +59,13 @@ def percent(share: float | None, error: float | None = None) -> str:
     return text if error is None else f"{text} ± {100 * error:.1f}"
 
 
+def mean(value: float | None, error: float | None = None, *, share: bool) -> str:
+    """A mean with its standard error: ``percent`` of a share, else ``3 ± 0.5``."""
+    if share:
+        return percent(value, error)
+    return number(value) + (f" ± {number(error)}" if error is not None else "")
+
+
 def tick(value: float, step: float) -> str:
     """A tick label with just the decimals that neighbours ``step`` apart need."""
     if value == 0:

@@ -67,7 +67,7 @@ def write_metrics_csv(runs: Mapping[str, Sequence[Row]], path: Path) -> Path:
                 values = {key: value for key in row if (value := page.finite_number(row[key])) is not None}
                 for key, value in values.items():
                     if key != "step" and not (key.endswith("_se") and key.removesuffix("_se") in values):
-                        yield name, f"{values['step']:g}", key, value, values.get(f"{key}_se", "")
+                        yield name, _exact(values["step"]), key, value, values.get(f"{key}_se", "")
 
     _write_csv(path, ("run", "step", "metric", "value", "standard_error"), rows())
     return path
@@ -85,7 +85,12 @@ def _points(curve: Curve) -> Iterator[Sequence[object]]:
     for line in curve.lines:
         for (x, y), band in zip(line.points, _bands(line), strict=True):
             if math.isfinite(x) and math.isfinite(y):
-                yield line.name, f"{x:g}", curve.x_words.get(x, ""), y, *(band or ("", ""))
+                yield line.name, _exact(x), curve.x_words.get(x, ""), y, *(band or ("", ""))
+
+
+def _exact(value: float) -> str:
+    """All digits; whole numbers without a point."""
+    return repr(value).removesuffix(".0")
 
 
 def _bands(line: Series) -> list[tuple[float, float] | None]:

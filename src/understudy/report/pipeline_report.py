@@ -57,7 +57,7 @@ def write_pipeline_report(folder: Path, out: Path | None = None, *, state: Mappi
             *(page.metric_words(metric) for metric in metrics),
             "Outcome",
         ),
-        "phases": [_phase_row(folder, phase, metrics) for phase in phases],
+        "phases": [_phase_row(folder, phase, metrics, timeline.shares) for phase in phases],
         "wide_charts": [curve.svg() for curve in curves if curve.wide],
         "charts": [curve.svg() for curve in curves if not curve.wide],
         "costs": page.grid(cost_rows(roles)),
@@ -116,8 +116,8 @@ def _headlines(phases: Sequence[Row], timeline: Timeline) -> list[Headline]:
     items = [
         Headline(
             page.metric_words(metric),
-            f"{_value(course[0].row, metric)} → {_value(course[-1].row, metric)}",
-            _deepest_fall(course, metric),
+            " → ".join(_value(point.row, metric, metric in timeline.shares) for point in (course[0], course[-1])),
+            _deepest_fall(course, metric, metric in timeline.shares),
         )
         for metric, course in timeline.courses.items()
     ]
@@ -129,7 +129,7 @@ def _headlines(phases: Sequence[Row], timeline: Timeline) -> list[Headline]:
     ]
 
 
-def _deepest_fall(course: Sequence[Point], metric: str) -> str:
+def _deepest_fall(course: Sequence[Point], metric: str, share: bool) -> str:
     """The largest clear fall from an evaluation to a later one, and how far what came then made up for it."""
     falls = [
         (high.row[metric] - low.row[metric], index, high, low)
@@ -140,12 +140,14 @@ def _deepest_fall(course: Sequence[Point], metric: str) -> str:
     if not falls:
         return ""
     _, index, high, low = max(falls, key=lambda fall: fall[0])
-    words = f"forgotten: {_number(high.row, metric)} → {_number(low.row, metric)} {low.words}"
+    high_words, low_words = (formatting.mean(point.row[metric], share=share) for point in (high, low))
+    words = f"forgotten: {high_words} → {low_words} {low.words}"
     after = [point.row for point in course[index + 1 :] if _is_below(low.row, point.row, metric)]
     if not after:
         return words
     best = max(after, key=lambda row: row[metric])
-    return f"{words}; {'partly ' if _is_below(best, high.row, metric) else ''}recovered: {_number(best, metric)}"
+    partly = "partly " if _is_below(best, high.row, metric) else ""
+    return f"{words}; {partly}recovered: {formatting.mean(best[metric], share=share)}"
 
 
 def _is_below(low: Row, high: Row, metric: str) -> bool:
@@ -154,19 +156,17 @@ def _is_below(low: Row, high: Row, metric: str) -> bool:
     return high[metric] - low[metric] > max(_CLEAR * math.hypot(*errors), 1e-9)
 
 
-def _number(row: Row, metric: str) -> str:
-    return formatting.percent(page.finite_number(row.get(metric)))
+def _value(row: Row, metric: str, share: bool) -> str:
+    value, error = (page.finite_number(row.get(key)) for key in (metric, f"{metric}_se"))
+    return formatting.mean(value, error, share=share)
 
 
-def _value(row: Row, metric: str) -> str:
-    return formatting.percent(page.finite_number(row.get(metric)), page.finite_number(row.get(f"{metric}_se")))
-
-
-def _phase_row(folder: Path, phase: Row, metrics: Sequence[str]) -> PhaseRow:
+def _phase_row(folder: Path, phase: Row, metrics: Sequence[str], shares: frozenset[str]) -> PhaseRow:
     cells = [str(phase["cycle"]), phase["method"], str(phase["steps"]) if phase["steps"] else "–"]
     cells += [formatting.duration(phase["seconds"]), formatting.flops(phase["flops"])] if phase["flops"] else ["–", "–"]
     for metric in metrics:
-        before, after = (_value(phase[end], metric) if metric in phase[end] else "–" for end in ("start", "final"))
+        ends = (phase["start"], phase["final"])
+        before, after = (_value(row, metric, metric in shares) if metric in row else "–" for row in ends)
         cells.append(after if phase["method"] == "eval" or before == after == "–" else f"{before} → {after}")
     cells.append(_OUTCOMES[phase["outcome"]])
     report = f"{phase['folder']}/report.html"

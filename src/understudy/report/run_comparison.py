@@ -124,10 +124,7 @@ def _first_last(run: RunData, key: str, *, shares: bool = False) -> str:
     shares = shares and all(0 <= row[key] <= 1 for row in course)
 
     def words(row: Row) -> str:
-        error = page.finite_number(row.get(f"{key}_se"))
-        if shares:
-            return formatting.percent(row[key], error)
-        return formatting.number(row[key]) + (f" ± {formatting.number(error)}" if error is not None else "")
+        return formatting.mean(row[key], page.finite_number(row.get(f"{key}_se")), share=shares)
 
     if not course:
         return "–"

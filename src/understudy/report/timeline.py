@@ -30,11 +30,13 @@ class Point:
 @dataclass(frozen=True)
 class Timeline:
     """``courses``: by metric, the evaluations of the newest student that was kept, in order; ``aside``: by metric and
-    phase, those of phases that were rolled back, from the evaluation that they began with."""
+    phase, those of phases that were rolled back, from the evaluation that they began with; ``shares``: metrics whose
+    every value is a share of right answers."""
 
     regions: tuple[Region, ...]
     courses: Mapping[str, tuple[Point, ...]]
     aside: Mapping[str, tuple[tuple[Point, ...], ...]]
+    shares: frozenset[str] = frozenset()
 
 
 def timeline_of(folder: Path, state: Mapping[str, Any], metrics: Sequence[str]) -> Timeline:
@@ -48,7 +50,8 @@ def timeline_of(folder: Path, state: Mapping[str, Any], metrics: Sequence[str]) 
         course, left = _course(state["plan"]["start"], phases, points, metric)
         if course:
             courses[metric], aside[metric] = tuple(course), tuple(map(tuple, left))
-    return Timeline(regions, courses, aside)
+    rows = [point.row for own in points for point in own]
+    return Timeline(regions, courses, aside, frozenset(metric for metric in metrics if _is_share(metric, rows)))
 
 
 def _points(path: Path, index: int, phase: Row) -> list[Point]:
@@ -92,7 +95,7 @@ def _course(
 
 def timeline_curves(timeline: Timeline) -> list[Curve]:
     """All shares on one wide chart; then each task alone, and each other number, with what was rolled back."""
-    shares = [metric for metric in timeline.courses if _is_share(metric, timeline)]
+    shares = [metric for metric in timeline.courses if metric in timeline.shares]
     curves = []
     if shares:
         together = shares[:MOST_LINES]
@@ -114,9 +117,9 @@ def _ending(metric: str) -> str:
     return page.decoding_words(metric.rpartition("/")[2])
 
 
-def _is_share(metric: str, timeline: Timeline) -> bool:
-    rows = [point.row for course in (timeline.courses[metric], *timeline.aside[metric]) for point in course]
-    return bool(page.evaluation_metrics([{metric: 0}])) and all(0 <= row[metric] <= 1 for row in rows)
+def _is_share(metric: str, rows: Sequence[Row]) -> bool:
+    values = [value for row in rows if (value := page.finite_number(row.get(metric))) is not None]
+    return bool(page.evaluation_metrics([{metric: 0}])) and all(0 <= value <= 1 for value in values)
 
 
 def _left(timeline: Timeline, metric: str) -> list[Series]:

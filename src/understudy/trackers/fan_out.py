@@ -60,6 +60,7 @@ class Trackers:
         self._openers = openers or {}
         self._workers: list[_Worker] = []
         self._newest = goes_on_after or 0
+        self._told_of_gaps = False
 
     def __enter__(self) -> Self:
         return self
@@ -83,6 +84,7 @@ class Trackers:
         if not self._config.trackers:
             return
         run = self._tracked()
+        self._tell_of_gaps(history)
         messages = [_row_message(row) for row in history]
         for name in dict.fromkeys(self._config.trackers):
             known = self._openers.get(name)
@@ -93,8 +95,18 @@ class Trackers:
     def log(self, row: Mapping[str, Any]) -> None:
         """A step's row, once its evaluation is in it."""
         self._newest = int(row["step"])
+        if self._workers:
+            self._tell_of_gaps([row])
         for worker in self._workers:
             worker.send(_row_message(row))
+
+    def _tell_of_gaps(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Once per run: which metric is the first that no tracker gets."""
+        gaps = ((row["step"], key, value) for row in rows for key, value in row.items() if _is_number(value))
+        gap = next((gap for gap in gaps if not math.isfinite(gap[2])), None)
+        if gap is not None and not self._told_of_gaps:
+            self._told_of_gaps = True
+            log.warning("step %d: %s is %s; trackers are sent finite numbers only, here and later", *gap)
 
     def log_alarm(self, alarm: Mapping[str, Any]) -> None:
         """A guard's alarm, as text."""
@@ -195,7 +207,8 @@ class _Worker:
 
 def _row_message(row: Mapping[str, Any]) -> Callable[[Tracker], None]:
     step = int(row["step"])
-    numbers = {key: float(value) for key, value in row.items() if key != "step" and _is_number(value)}
+    known = {key: float(value) for key, value in row.items() if key != "step" and _is_number(value)}
+    numbers = {key: value for key, value in known.items() if math.isfinite(value)}
 
     def send(tracker: Tracker) -> None:
         # What it holds already was sent before a crash; the run repeats these steps to the same numbers.
@@ -206,7 +219,7 @@ def _row_message(row: Mapping[str, Any]) -> Callable[[Tracker], None]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _plain(value: object) -> str | int | float | bool:
