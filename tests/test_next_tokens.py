@@ -41,3 +41,17 @@ def test_as_the_model_marks(autocast: torch.dtype | None) -> None:
             assert entropy == pytest.approx(-math.fsum(math.exp(value) * value for value in row), abs=1e-6)
         for row, ids, token, value in zip(own.logprobs, own.ids, sequence.completion_ids, written, strict=True):
             assert row[ids.index(token)] == pytest.approx(value, abs=1e-6)
+
+
+def test_as_a_plain_log_softmax_of_the_whole_text() -> None:
+    model = tiny_model(vocab_size=6)
+    for sequence, written, own in zip(SEQUENCES, *next_tokens_of(teacher_of(model), SEQUENCES, topk=3), strict=True):
+        ids = torch.tensor([[*sequence.prompt_ids, *sequence.completion_ids]])
+        with torch.no_grad():
+            logprobs = model(ids).logits.log_softmax(-1)[0, len(sequence.prompt_ids) - 1 : -1]
+        chosen = logprobs.gather(-1, torch.tensor(sequence.completion_ids)[:, None])[:, 0]
+        assert written == pytest.approx(chosen.tolist(), abs=1e-10)
+        assert own.entropy == pytest.approx((-(logprobs.exp() * logprobs).sum(-1)).tolist(), abs=1e-10)
+        best = logprobs.topk(3)
+        assert own.ids == best.indices.tolist()
+        assert own.logprobs == [pytest.approx(row, abs=1e-10) for row in best.values.tolist()]

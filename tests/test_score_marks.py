@@ -2,45 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tiny import teacher_of, tiny_model
 from understudy import ConfigError, TokenSequence
 from understudy.report.page import choose_scale
 from understudy.report.tokens import LEVELS, colour_level
 from understudy.score.command import Models, Sampling, answered
-from understudy.score.marks import as_ids, mark, with_marks
+from understudy.score.marks import as_ids, with_marks
 from understudy.tokenization import ModelText, load_text
 from understudy.worlds.ledger import Ledger
 from user import bpe_tokenizer, save_model
 
 LEDGER = Path(__file__).resolve().parents[1] / "src" / "understudy" / "worlds" / "assets" / "ledger"
-
-
-def test_marks_are_those_of_a_whole_pass() -> None:
-    model = tiny_model(vocab_size=6)
-    sequences = [TokenSequence([1, 2], [3, 4, 0]), TokenSequence([5], [2])]
-    for sequence, marks in zip(sequences, mark(teacher_of(model), sequences, topk=3), strict=True):
-        ids = [*sequence.prompt_ids, *sequence.completion_ids]
-        with torch.no_grad():
-            logprobs = model(torch.tensor([ids])).logits.log_softmax(-1)[0, len(sequence.prompt_ids) - 1 : -1]
-        chosen = logprobs.gather(-1, torch.tensor(sequence.completion_ids)[:, None])[:, 0]
-        assert marks.logprobs == pytest.approx(chosen.tolist(), abs=1e-10)
-        assert marks.entropy == pytest.approx((-(logprobs.exp() * logprobs).sum(-1)).tolist(), abs=1e-10)
-        best = logprobs.topk(3)
-        assert [list(row) for row in marks.ids] == best.indices.tolist()
-        assert marks.topk_logprobs[0] == pytest.approx(best.values[0].tolist(), abs=1e-10)
-        assert all(0 <= own <= math.log(6) for own in marks.entropy)
-
-
-def test_more_alternatives_than_tokens_are_all_tokens() -> None:
-    [marks] = mark(teacher_of(tiny_model(vocab_size=6)), [TokenSequence([1], [2])], topk=50)
-    assert sorted(marks.ids[0]) == list(range(6))
 
 
 @pytest.fixture(scope="module")

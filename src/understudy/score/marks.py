@@ -3,54 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from understudy.backends.local import LocalTeacher
 from understudy.errors import ConfigError
+from understudy.next_tokens import NextTokens, next_tokens_of
 from understudy.tokenization import ModelText
-from understudy.types import HiddenScores, TokenSequence
+from understudy.types import TokenSequence
 
 Record = dict[str, Any]
-
-# Positions whose distribution over the vocabulary is held at once: 150,000 tokens take 40 MB in float32.
-_POSITIONS_AT_ONCE = 64
-# Completions whose hidden states wait at once: 256 tokens of 4,096 numbers take 4 MB.
-_SEQUENCES_AT_ONCE = 32
-
-
-@dataclass(frozen=True)
-class Marks:
-    """A model's view of one completion: ``logprobs`` [T] and ``entropy`` [T] in nats, and its ``k`` likeliest tokens at
-    every position, best first: ``ids`` and ``topk_logprobs`` [T, k]."""
-
-    logprobs: Sequence[float]
-    entropy: Sequence[float]
-    ids: Sequence[Sequence[int]]
-    topk_logprobs: Sequence[Sequence[float]]
-
-
-@torch.no_grad()
-def mark(model: LocalTeacher, sequences: Sequence[TokenSequence], *, topk: int) -> list[Marks]:
-    """Every completion as ``model`` sees it. Entropies are exact, over its whole vocabulary."""
-    found = []
-    parts = (sequences[i : i + _SEQUENCES_AT_ONCE] for i in range(0, len(sequences), _SEQUENCES_AT_ONCE))
-    for scores in (one for part in parts for one in model.score(part, "hidden")):
-        assert isinstance(scores, HiddenScores)
-        entropy: list[float] = []
-        ids: list[list[int]] = []
-        values: list[list[float]] = []
-        for hidden in scores.teacher_hidden.split(_POSITIONS_AT_ONCE):
-            logprobs = model.head.logprobs(hidden.to(model.model.device), temperature=model.temperature)
-            best = logprobs.topk(min(topk, logprobs.shape[1]))
-            # A token of probability zero adds nothing; 0 * -inf would be NaN.
-            entropy += (-(logprobs.exp() * logprobs).nan_to_num(0.0).sum(-1)).tolist()
-            ids += best.indices.tolist()
-            values += best.values.tolist()
-        found.append(Marks(list(scores.teacher_logprobs), entropy, ids, values))
-    return found
 
 
 def as_ids(record: Record, text: ModelText, render: Callable[[Record], list[int]], end_id: int | None) -> Record:
@@ -108,29 +69,29 @@ def with_marks(
     made = [dict(record) for record in records]
     if student is not None:
         sequences = [TokenSequence(record["prompt_ids"], record["completion_ids"]) for record in made]
-        for record, marks in zip(made, mark(student, sequences, topk=topk), strict=True):
+        for record, logprobs, tokens in zip(made, *next_tokens_of(student, sequences, topk=topk), strict=True):
             if record.get("sampler_logprobs") is None:
-                record["sampler_logprobs"] = list(marks.logprobs)
-            record |= {"student_entropy": list(marks.entropy), "student_topk": _topk(marks, text)}
+                record["sampler_logprobs"] = list(logprobs)
+            record |= {"student_entropy": list(tokens.entropy), "student_topk": _topk(tokens, text)}
     if teacher is not None:
         sequences = [
             TokenSequence(record.get("teacher_prompt_ids") or record["prompt_ids"], record["completion_ids"])
             for record in made
         ]
-        for record, marks in zip(made, mark(teacher, sequences, topk=topk), strict=True):
+        for record, logprobs, tokens in zip(made, *next_tokens_of(teacher, sequences, topk=topk), strict=True):
             record |= {
-                "teacher_logprobs": list(marks.logprobs),
-                "teacher_entropy": list(marks.entropy),
-                "teacher_topk": _topk(marks, text),
+                "teacher_logprobs": list(logprobs),
+                "teacher_entropy": list(tokens.entropy),
+                "teacher_topk": _topk(tokens, text),
             }
     return made
 
 
-def _topk(marks: Marks, text: ModelText) -> Mapping[str, Any] | None:
-    if not marks.ids or not marks.ids[0]:
+def _topk(likeliest: NextTokens, text: ModelText) -> Mapping[str, Any] | None:
+    if not likeliest.ids or not likeliest.ids[0]:
         return None
     return {
-        "ids": [list(row) for row in marks.ids],
-        "tokens": [text.tokens(row) for row in marks.ids],
-        "logprobs": [list(row) for row in marks.topk_logprobs],
+        "ids": [list(row) for row in likeliest.ids],
+        "tokens": [text.tokens(row) for row in likeliest.ids],
+        "logprobs": [list(row) for row in likeliest.logprobs],
     }
