@@ -185,7 +185,7 @@ def agreement(first: float, end: float, everywhere: float = 0.1, truncated: floa
 
 def test_agreement_by_position() -> None:
     assert found(agreement(0.8, 0.8)) == []
-    for row, cause in (((0.9, 0.2), "first"), ((0.2, 0.9), "end"), ((0.9, 0.9, 0.8), "level")):
+    for row, cause in (((0.9, 0.2), "first"), ((0.2, 0.9), "end"), ((0.9, 0.9, 0.9), "level")):
         [finding] = judge(Past(), agreement(*row)[0], DEFAULTS, per_step=PER_STEP)
         assert finding.guard == "agreement"
         assert finding.causes == CAUSES[cause]

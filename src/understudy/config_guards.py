@@ -94,7 +94,7 @@ class AgreementGuard(Guard):
     """Share of completions whose first token is impossible."""
     end: float = Field(default=0.8, gt=0, le=1)
     """Share of finished completions whose last token is."""
-    anywhere: float = Field(default=0.5, gt=0, le=1)
+    anywhere: float = Field(default=0.8, gt=0, le=1)
     """Share of all tokens that are."""
 
 
