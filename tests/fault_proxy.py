@@ -226,10 +226,11 @@ def faulty(upstream: str, schedule: Schedule) -> Iterator[str]:
 
     async def run() -> None:
         await proxy.serve(ready.set, stop)
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        # Handlers of connections taken at the last moment begin while others end.
+        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     thread = threading.Thread(target=loop.run_until_complete, args=(run(),), name="fault-proxy")
     thread.start()
