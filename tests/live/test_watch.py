@@ -117,7 +117,7 @@ def test_a_run_and_its_watcher_on_two_terminals(tmp_path: Path) -> None:
         run.read_until(lambda text: "tokens/s" in text and "reverse KL" in text)
         watcher = Terminal([*command, "watch", "run", "--every", "0.1"], folder=tmp_path, columns=70)
         for terminal in (run, watcher):
-            terminal.read_until(lambda text: "distill  run" in text and "the teacher finds it unlikely" in text)
+            terminal.read_until(lambda text: "distill  run" in text and "orange: the teacher" in text)
         run.drain()
         run.press(b"\x03")
         assert run.wait() == 130
